@@ -1,0 +1,222 @@
+"""A stream of requests to a stream of completions, through enumerated static shapes only."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.core import Completion, FinishReason, Request
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.packing import DecoderModel, candidate_logprobs, logit_rows, pack, pass_tokens, take_pass
+from pipeline.engine.plan import EnginePlan, LengthClass
+from pipeline.engine.sampler import Sampled, SamplerRows, sample
+from pipeline.engine.slots import Seat, SlotBatch
+
+STEPS_PER_POLL = {"cpu": 4, "cuda": 8}
+NOT_FINITE = "the model's logits are not finite (nan or inf)"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """News of one request: tokens since the last report, and the completion once it has ended."""
+
+    request_id: Hashable
+    new_token_ids: tuple[int, ...]
+    completion: Completion | None
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Work done since the counters were made: real and padded token positions, and seconds."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    padded_tokens: int = 0
+    prefill_passes: int = 0
+    decode_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Engine:
+    """Submit requests, poll for what became of them, cancel what is no longer wanted.
+
+    A request's answer depends on the request, the model and the plan only: not on its neighbours,
+    its slot or the order. One thread drives it.
+    """
+
+    def __init__(
+        self, model: DecoderModel, plan: EnginePlan, make_cache: Callable[[LengthClass], KVCache], device: torch.device
+    ) -> None:
+        """`make_cache` allocates a length class's keys and values; it is called when the class is first used."""
+        self.plan = plan
+        self.counters = EngineCounters()
+        self._model = model
+        self._device = device
+        self._make_cache = make_cache
+        self._steps_per_poll = STEPS_PER_POLL.get(device.type, 4)
+        self._scoring: deque[Request] = deque()
+        self._waiting: dict[LengthClass, deque[Request]] = {c: deque() for c in plan.length_classes}
+        self._batches: dict[LengthClass, SlotBatch] = {}
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and neither completed nor cancelled."""
+        return self.waiting + sum(len(b.seats) for b in self._batches.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests submitted that have not reached the device."""
+        return len(self._scoring) + sum(len(q) for q in self._waiting.values())
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; raises ValueError if it fits no shape (`too_long` tells beforehand)."""
+        reason = too_long(request, self.plan)
+        if reason is not None:
+            raise ValueError(f"request {request.id}: {reason}")
+        if request.candidates:
+            self._scoring.append(request)
+            return
+        wanted = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.plan.max_len)
+        self._waiting[next(c for c in self.plan.length_classes if c.max_len >= wanted)].append(request)
+
+    def cancel(self, request_id: Hashable) -> None:
+        """Forget a request; nothing more is reported of it. Unknown ids are ignored."""
+        for queue in (self._scoring, *self._waiting.values()):
+            for request in [r for r in queue if r.id == request_id]:
+                queue.remove(request)
+        for batch in self._batches.values():
+            for slot in [s for s, seat in batch.seats.items() if seat.request.id == request_id]:
+                batch.release(slot)
+
+    @torch.inference_mode()
+    def poll(self) -> list[Output]:
+        """Do the next piece of work (a scoring pass, or a refill and a few decode steps) and report it."""
+        outputs = self._score() if self._scoring else []
+        for length_class in self.plan.length_classes:
+            if self._waiting[length_class] or length_class in self._batches:
+                outputs += self._decode(length_class)
+        return outputs
+
+    def _score(self) -> list[Output]:
+        started = time.perf_counter()
+        requests = take_pass(self._scoring, self.plan, len(self._scoring))
+        packed = pack(requests, self.plan, self._device)
+        logprobs_LV = torch.log_softmax(packed.run(self._model), dim=-1)
+        finite_L = torch.isfinite(logprobs_LV.amax(dim=-1)).tolist()
+        outputs = []
+        for request, first in zip(requests, packed.first_logits, strict=True):
+            finite = all(finite_L[first : first + logit_rows(request)])
+            scores = candidate_logprobs(logprobs_LV, first, request) if finite else ()
+            outputs.append(_scored(request, scores))
+        self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
+        return outputs
+
+    def _decode(self, length_class: LengthClass) -> list[Output]:
+        batch = self._batch(length_class)
+        outputs: list[Output] = []
+        while self._waiting[length_class] and batch.free:
+            outputs += self._refill(length_class, batch)
+        if batch.seats:
+            started = time.perf_counter()
+            steps, slots = batch.decode(self._model, self._steps_per_poll)
+            reports = self._report(batch)
+            accepted = sum(len(o.new_token_ids) for o in reports)
+            self.counters.decode_steps += steps
+            self.counters.completion_tokens += accepted
+            self.counters.padded_tokens += steps * slots - accepted
+            self.counters.decode_s += time.perf_counter() - started
+            outputs += reports
+        return outputs
+
+    def _refill(self, length_class: LengthClass, batch: SlotBatch) -> list[Output]:
+        started = time.perf_counter()
+        requests = take_pass(self._waiting[length_class], self.plan, batch.free)
+        slots = batch.reserve(len(requests))
+        packed = pack(requests, self.plan, self._device, batch.cache, slots)
+        seats = [Seat.of(request, batch.max_len) for request in requests]
+        first = self._first_tokens(packed.run(self._model), seats)
+        count = len(seats)
+        batch.seat(slots, seats, first.tokens_B[:count])
+        values = (first.tokens_B.tolist(), first.logprobs_B.tolist(), first.finite_B.tolist())
+        for seat, token, logprob, finite in zip(seats, *(v[:count] for v in values), strict=True):
+            seat.accept(token, logprob, finite)
+        reports = self._report(batch)
+        self.counters.completion_tokens += sum(len(o.new_token_ids) for o in reports)
+        self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
+        return reports
+
+    def _first_tokens(self, logits_LV: Tensor, seats: list[Seat]) -> Sampled:
+        padding = logits_LV.shape[0] - len(seats)
+        rows = SamplerRows.of(
+            [(s.request.sampling, s.key) for s in seats] + [(Request(id=0, prompt_ids=()).sampling, 0)] * padding,
+            self._device,
+        )
+        zero_B = torch.zeros(logits_LV.shape[0], dtype=torch.int64, device=self._device)
+        return sample(logits_LV, rows, rows.uniforms(zero_B, 1)[0] if rows.any_sampled else None)
+
+    def _report(self, batch: SlotBatch) -> list[Output]:
+        outputs = []
+        for slot, seat in list(batch.seats.items()):
+            new = tuple(seat.token_ids[seat.reported :])
+            seat.reported = len(seat.token_ids)
+            if seat.finish is not None:
+                batch.release(slot)
+            if new or seat.finish is not None:
+                outputs.append(Output(seat.request.id, new, _completed(seat)))
+        return outputs
+
+    def _batch(self, length_class: LengthClass) -> SlotBatch:
+        if length_class not in self._batches:
+            cache = self._make_cache(length_class)
+            self._batches[length_class] = SlotBatch(self.plan, length_class, cache, self._device)
+        return self._batches[length_class]
+
+    def _count_prefill(self, started: float, real_tokens: int, tokens: int) -> None:
+        self.counters.prompt_tokens += real_tokens
+        self.counters.padded_tokens += tokens - real_tokens
+        self.counters.prefill_passes += 1
+        self.counters.prefill_s += time.perf_counter() - started
+
+
+def too_long(request: Request, plan: EnginePlan) -> str | None:
+    """Why the request fits no static shape, or None if it does."""
+    if not request.prompt_ids:
+        return "the prompt has no tokens"
+    answer = max((len(c) for c in request.candidates), default=1)
+    if len(request.prompt_ids) + answer > plan.max_len:
+        what = "its longest label" if request.candidates else "an answer"
+        return f"the prompt has {len(request.prompt_ids)} tokens, which with {what} is more than {plan.max_len}"
+    if pass_tokens(request) > plan.prefill_tokens[-1]:
+        return f"the prompt and its labels have {pass_tokens(request)} tokens, more than {plan.prefill_tokens[-1]}"
+    return None
+
+
+def _scored(request: Request, scores: tuple[float, ...]) -> Output:
+    completion = Completion(
+        request_id=request.id,
+        prompt_tokens=len(request.prompt_ids),
+        finish_reason=FinishReason.STOP if scores else FinishReason.ERROR,
+        candidate_logprobs=scores,
+        error=None if scores else NOT_FINITE,
+    )
+    return Output(request.id, (), completion)
+
+
+def _completed(seat: Seat) -> Completion | None:
+    if seat.finish is None:
+        return None
+    failed = seat.finish is FinishReason.ERROR
+    return Completion(
+        request_id=seat.request.id,
+        prompt_tokens=len(seat.request.prompt_ids),
+        finish_reason=seat.finish,
+        token_ids=() if failed else tuple(seat.token_ids),
+        cumulative_logprob=None if failed else seat.logprob,
+        error=NOT_FINITE if failed else None,
+    )

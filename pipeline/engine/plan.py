@@ -1,0 +1,196 @@
+"""The static shapes of the engine, listed before a run and fixed in run.json. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+ROW_MULTIPLE = 16
+"""Rows of every matrix product are a multiple of this: with fewer than 8 rows, or a remainder of one
+row, BLAS libraries switch kernels and the bits of a row would depend on its neighbours."""
+SHORTEST_CLASS = 256
+CLASS_RATIO = 4
+CPU_SLOTS = 64
+CUDA_SLOTS = 512
+CPU_PREFILL_TOKENS = 1024
+CUDA_PREFILL_TOKENS = 8192
+SHARED_LOGIT_ROWS = 256
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGeometry:
+    """What the shapes depend on; `max_positions` is the longest row in tokens the model can take."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token keeps in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What was asked for under `engine`; None is auto."""
+
+    slots: int | None = None
+    max_len: int | None = None
+    prefill_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthClass:
+    """A static decode shape: so many slots, each for a row of at most `max_len` tokens, answer included."""
+
+    slots: int
+    max_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """Every shape the engine may run.
+
+    `prefill_tokens` are the sizes of a packed prefill pass in tokens and `logit_rows` the numbers of
+    positions whose logits one pass computes, both ascending; a pass takes the smallest that fits.
+    Rows share a pass up to `shared_tokens` and `shared_logit_rows`; a row that needs more runs alone.
+    With `ladder` (CPU, where the bits of a row do not depend on the size) a pass may also be smaller
+    than the shared size and a decode step may run a part of the slots; without it every shared pass
+    has the same size.
+    """
+
+    length_classes: tuple[LengthClass, ...]
+    prefill_tokens: tuple[int, ...]
+    logit_rows: tuple[int, ...]
+    shared_tokens: int
+    shared_logit_rows: int
+    ladder: bool
+    kv_bytes: int
+
+    @property
+    def max_len(self) -> int:
+        """The longest row, prompt and answer together, in tokens."""
+        return self.length_classes[-1].max_len
+
+    def decode_slots(self, length_class: LengthClass) -> tuple[int, ...]:
+        """The numbers of slots a decode step of this class may run, ascending."""
+        shapes = {length_class.slots}
+        if self.ladder:
+            shapes |= {round_up(length_class.slots // part) for part in (2, 4)}
+        return tuple(sorted(shapes))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, as stored in run.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> EnginePlan:
+        """Rebuild from `as_dict`'s form."""
+        values = dict(stored)
+        values["length_classes"] = tuple(LengthClass(**c) for c in stored["length_classes"])
+        values["prefill_tokens"] = tuple(stored["prefill_tokens"])
+        values["logit_rows"] = tuple(stored["logit_rows"])
+        return cls(**values)
+
+
+def round_up(value: int, multiple: int = ROW_MULTIPLE) -> int:
+    """The least multiple that is not below the value."""
+    return -(-value // multiple) * multiple
+
+
+def plan_engine(
+    geometry: ModelGeometry,
+    settings: EngineSettings,
+    *,
+    device_type: str,
+    kv_budget_bytes: int,
+    kv_itemsize: int,
+    max_len: int | None = None,
+) -> EnginePlan:
+    """List the shapes for a model on a device, within a budget for keys and values.
+
+    `max_len` is the model's own limit (`model.max_len`); `settings.max_len` may lower it further.
+    Raises ConfigError when `engine.slots` does not fit, or not even the fewest slots do.
+    """
+    longest = _longest_row(geometry, settings, max_len)
+    token_bytes = geometry.kv_bytes_per_token(kv_itemsize)
+    slots = round_up(settings.slots or (CUDA_SLOTS if device_type == "cuda" else CPU_SLOTS))
+    classes = _fit_classes(
+        _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
+    )
+    ladder = device_type == "cpu"
+    shared_tokens = round_up(
+        settings.prefill_tokens or (CUDA_PREFILL_TOKENS if device_type == "cuda" else CPU_PREFILL_TOKENS)
+    )
+    largest = max(shared_tokens, round_up(longest))
+    shared_logit_rows = min(SHARED_LOGIT_ROWS, shared_tokens)
+    return EnginePlan(
+        length_classes=classes,
+        prefill_tokens=_shapes(shared_tokens, largest, ladder),
+        logit_rows=_shapes(shared_logit_rows, largest, ladder),
+        shared_tokens=shared_tokens,
+        shared_logit_rows=shared_logit_rows,
+        ladder=ladder,
+        kv_bytes=_total_bytes(classes, token_bytes),
+    )
+
+
+def _longest_row(geometry: ModelGeometry, settings: EngineSettings, max_len: int | None) -> int:
+    longest = min(x for x in (geometry.max_positions, max_len, settings.max_len) if x is not None)
+    for key, value in (("engine.max_len", settings.max_len), ("model.max_len", max_len)):
+        if value is not None and value > geometry.max_positions:
+            raise ConfigError(
+                f"{key}={value} is more than the {geometry.max_positions} positions of the model; lower it"
+            )
+    return longest
+
+
+def _class_lengths(longest: int) -> list[int]:
+    lengths = []
+    length = SHORTEST_CLASS
+    while length < longest:
+        lengths.append(length)
+        length *= CLASS_RATIO
+    return [*lengths, longest]
+
+
+def _fit_classes(
+    lengths: list[int], wanted: int, token_bytes: int, budget: int, *, fixed: bool
+) -> tuple[LengthClass, ...]:
+    """Give longer classes fewer slots (equal memory for each), then lower all until they fit."""
+    slots = wanted
+    while True:
+        classes = tuple(LengthClass(slots=_class_slots(slots, lengths[0], n), max_len=n) for n in lengths)
+        needed = _total_bytes(classes, token_bytes)
+        if needed <= budget:
+            return classes
+        if fixed or slots == ROW_MULTIPLE:
+            remedy = "lower engine.slots or engine.max_len" if fixed else "lower engine.max_len"
+            raise ConfigError(
+                f"keys and values for engine.slots={slots} and rows of up to {lengths[-1]} tokens need "
+                f"{needed / GIB:.2f} GiB but {max(0, budget) / GIB:.2f} GiB are left for them; "
+                f"{remedy}, or raise model.memory"
+            )
+        slots = max(ROW_MULTIPLE, (slots * 3 // 4) // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def _class_slots(slots: int, shortest: int, length: int) -> int:
+    return max(ROW_MULTIPLE, slots * shortest // length // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def _total_bytes(classes: tuple[LengthClass, ...], token_bytes: int) -> int:
+    return sum((c.slots + 1) * c.max_len * token_bytes for c in classes)
+
+
+def _shapes(shared: int, largest: int, ladder: bool) -> tuple[int, ...]:
+    """The shared size, with its parts on a ladder, and one for a row longer than it."""
+    parts = (8, 4, 2, 1) if ladder else (1,)
+    return tuple(sorted({*(round_up(shared // part) for part in parts), largest}))

@@ -1,0 +1,83 @@
+"""The bitsandbytes library as a kernel: 4-bit quantization and dequantization on CPU and CUDA."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+from pipeline.kernels.packed4bit import NestedAbsmax, Packed4bit
+
+
+@functools.cache
+def bitsandbytes() -> ModuleType:
+    """Import bitsandbytes without letting it fetch anything; raises ConfigError if it is missing or broken.
+
+    On CPUs with AVX512-BF16 its import asks the `kernels` package, where that is installed, for a kernel
+    from a hub. The weights would then be multiplied by code that nobody named, so the package is hidden.
+    """
+    hidden = sys.modules.get("kernels")
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"quant=bnb needs the bitsandbytes library, which could not be imported ({error}); "
+            "install bitsandbytes>=0.50 or choose quant=none"
+        ) from error
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if hidden is not None:
+            sys.modules["kernels"] = hidden
+
+
+def can_run(device_type: str) -> str | None:
+    """Why bitsandbytes cannot run 4-bit weights on this kind of device, or None if it can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"bitsandbytes kernels run on cpu and cuda, not on {device_type}"
+    return None
+
+
+def quantize_4bit(weight_NK: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Packed4bit:
+    """Quantize a weight on its own device to NF4 or FP4 (Dettmers et al., "QLoRA", 2023)."""
+    packed, state = bitsandbytes().functional.quantize_4bit(
+        weight_NK.contiguous(), blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
+    )
+    nested = None
+    if double_quant:
+        inner = state.state2
+        nested = NestedAbsmax(inner.absmax, inner.code, state.offset, inner.blocksize)
+    return Packed4bit(
+        packed=packed.reshape(-1),
+        absmax=state.absmax,
+        nested=nested,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        shape=(weight_NK.shape[0], weight_NK.shape[1]),
+    )
+
+
+def dequantize_4bit(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, by bitsandbytes' own kernels."""
+    functional = bitsandbytes().functional
+    absmax = weight.absmax
+    if weight.nested is not None:
+        inner = weight.nested
+        absmax = (
+            functional.dequantize_blockwise(absmax, absmax=inner.absmax, code=inner.code, blocksize=inner.blocksize)
+            + inner.offset
+        )
+    out: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.packed.reshape(-1, 1), absmax.float(), weight.blocksize, weight.quant_type, weight.shape, dtype
+    )
+    return out

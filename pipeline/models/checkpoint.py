@@ -1,0 +1,154 @@
+"""A checkpoint on disk: where it is, what its config says, which tensors it holds. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+WEIGHT_SAMPLES = 16
+SAMPLE_BYTES = 65536
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's place and shape, from the header of its safetensors file."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder in the Hugging Face layout, weights in safetensors."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name; raises ConfigError on a missing, truncated or foreign weight file."""
+        return {info.name: info for file in self.weight_files for info in _read_header(file)}
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, as the index names them, or all of the folder."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            missing = [n for n in names if not (self.folder / n).is_file()]
+            if missing:
+                raise ConfigError(f"model.path={self.name}: {index.name} names {missing[0]}, which is not there")
+            return [self.folder / n for n in names]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if files:
+            return files
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
+        remedy = "save it with save_pretrained(..., safe_serialization=True)"
+        found = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "no *.safetensors file"
+        raise ConfigError(f"model.path={self.name} has {found}; {remedy}")
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: eos_token_id of generation_config.json, else of config.json."""
+        file = self.folder / "generation_config.json"
+        stored = _read_json(file).get("eos_token_id") if file.exists() else None
+        stored = self.config.get("eos_token_id") if stored is None else stored
+        if stored is None:
+            return ()
+        return tuple(stored) if isinstance(stored, list) else (int(stored),)
+
+    def identity(self) -> dict[str, str]:
+        """What tells this checkpoint from another: hashes of its small files, and of samples of its weights."""
+        names = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+        files = [self.folder / n for n in names if (self.folder / n).is_file()]
+        identity = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+        for file in self.weight_files:
+            identity[file.name] = _sampled_hash(file)
+        return identity
+
+
+def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+    """Open a folder, or a hub id (downloaded, or taken from the local cache); raises ConfigError."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(path, revision)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path={path} has no config.json; name a folder in the Hugging Face layout")
+    return Checkpoint(name=path, folder=folder, config=_read_json(file))
+
+
+def _from_hub(path: str, revision: str | None) -> Path:
+    if not HUB_ID.fullmatch(path):
+        raise ConfigError(f"model.path={path} does not exist; name a model folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.path={path} is no folder here and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}); check the id and revision={revision}, or download it where there is a network "
+            f"(`hf download {path}`) and name its folder"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
+def _read_header(file: Path) -> Iterator[TensorInfo]:
+    """Format: 8 bytes little-endian length, then a JSON object of name to dtype, shape and offsets (safetensors)."""
+    broken = ConfigError(f"{file} is truncated or no safetensors file; fetch the checkpoint again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise broken from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise broken
+        yield TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - first)
+
+
+def _sampled_hash(file: Path) -> str:
+    """Size and a hash of the first MiB and of samples spread over the file: cheap for 100 GB of weights."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 20))
+        for sample in range(1, WEIGHT_SAMPLES + 1):
+            stream.seek(max(0, size * sample // WEIGHT_SAMPLES - SAMPLE_BYTES))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return f"{size}:{digest.hexdigest()[:16]}"
