@@ -17,7 +17,8 @@ WEIGHT_SAMPLES = 16
 SAMPLE_BYTES = 65536
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-TOKENIZER_FILES = (
+HASHED_FILES = (
+    "config.json", "generation_config.json", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -77,12 +78,12 @@ class Checkpoint:
 
     def identity(self) -> dict[str, str]:
         """What tells this checkpoint from another: hashes of its small files, and of samples of its weights."""
-        names = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
-        files = [self.folder / n for n in names if (self.folder / n).is_file()]
-        identity = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
-        for file in self.weight_files:
-            identity[file.name] = _sampled_hash(file)
-        return identity
+        return self.file_hashes() | {file.name: _sampled_hash(file) for file in self.weight_files}
+
+    def file_hashes(self) -> dict[str, str]:
+        """Hashes of config, tokenizer and index, where they exist."""
+        files = [self.folder / name for name in HASHED_FILES]
+        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files if f.is_file()}
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:

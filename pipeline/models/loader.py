@@ -44,7 +44,7 @@ def load_model(
         unknown.discard(info.name)
         weight = _read(info).to(device=device, dtype=dtype)
         _place(model, name, weight, info, spec, kernel)
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     _finish(model, checkpoint, device)
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device)
 

@@ -21,6 +21,7 @@ class QuantLinear(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
+        self.bias: Tensor | None
         self.register_buffer("bias", bias)
         self._cached: Tensor | None = None
 

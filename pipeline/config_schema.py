@@ -1,0 +1,141 @@
+"""The configuration's schema: every group's keys, their types, defaults and the line `--help` shows.
+
+These dataclasses are what Hydra composes into, so they are neither frozen nor used at run time
+(`settings.py` is). `MISSING` marks a required key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.quant.spec import KERNELS
+
+MISSING: Any = "???"
+
+
+def doc(default: Any, text: str) -> Any:
+    """A schema field: its default and the line that `--help` shows."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": text})
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass
+class ModelSchema:
+    path: str = doc(MISSING, "hub id or folder in the Hugging Face layout, weights in safetensors")
+    revision: str | None = doc(None, "branch, tag or commit of the hub repository")
+    dtype: str = doc("auto", "auto (the checkpoint's), bfloat16, float16 or float32")
+    tokenizer: str | None = doc(None, "another folder or hub id to take the tokenizer from")
+    trust_remote_code: bool = doc(False, "run Python code that comes with the checkpoint")
+    max_len: int | None = doc(None, "longest row in tokens, answer included; the model's own limit if null")
+    device: str = doc("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N")
+    memory: Any = doc("auto", "GiB of the device (of main memory on cpu) for weights and key/value cache, or auto")
+
+
+@dataclass
+class QuantSchema:
+    method: str = MISSING
+
+
+@dataclass
+class QuantBnbSchema(QuantSchema):
+    method: str = "bnb"
+    kernel: str = doc("auto", f"what runs the quantized weights: {', '.join(KERNELS)}")
+    double_quant: bool = doc(True, "quantize the block maxima as well (0.4 bits a weight less)")
+    skip_modules: list[str] = doc([], "module names or paths that stay unquantized (the output head always does)")
+    dequant_cache: Any = doc("auto", "GiB for weights kept dequantized (faster, same bits), off, or auto: what is left")
+
+
+@dataclass
+class DataSchema:
+    kind: str = MISSING
+
+
+@dataclass
+class DataParquetSchema(DataSchema):
+    kind: str = "parquet"
+    path: Any = doc(MISSING, "file, folder, glob, or list of these")
+    columns: list[str] | None = doc(None, "input columns to read; all if null")
+    limit: int | None = doc(None, "only the first rows of the dataset")
+    chunk_rows: int = doc(4096, "rows in a chunk, the unit of commit; fixed at the first run")
+
+
+@dataclass
+class TaskSchema:
+    kind: str = MISSING
+    prompt: str | None = doc(None, "Jinja template over the row's columns (sandboxed); {{ prompt }} if null")
+    prompt_file: str | None = doc(None, "file that holds the template, in place of task.prompt")
+    system: str | None = doc(None, "system message (chat models)")
+    chat: Any = doc("auto", "use the tokenizer's chat template: auto (if it has one), true, false")
+    chat_args: dict[str, Any] = doc({}, "further variables of the chat template")
+
+
+@dataclass
+class TaskGenerateSchema(TaskSchema):
+    kind: str = "generate"
+
+
+@dataclass
+class TaskLabelSchema(TaskSchema):
+    kind: str = "label"
+    labels: Any = doc(MISSING, "list of labels, map of label to the text that stands for it, or a column of lists")
+    label_separator: str | None = doc(None, "text between prompt and label; nothing in a chat, else one space, if null")
+    label_eos: Any = doc("auto", "score the end of the answer too: auto (if one label begins another), true, false")
+    abstain_below: float = doc(0.0, "no label where the best probability is lower")
+    truth: str | None = doc(None, "column with the true label, for the accuracy")
+
+
+@dataclass
+class SamplingSchema:
+    max_new_tokens: int = doc(128, "longest answer in tokens")
+    temperature: float | None = doc(0.0, "0 is greedy; null is what the checkpoint says")
+    top_k: int | None = doc(0, "draw among the k likeliest; 0 is off, null is what the checkpoint says")
+    top_p: float | None = doc(1.0, "draw among the likeliest that reach this probability; 1 is off, null as above")
+    stop_token_ids: list[int] = doc([], "tokens that end an answer, besides the checkpoint's own")
+    seed: int = doc(0, "seed of the draws")
+
+
+@dataclass
+class EngineSchema:
+    slots: Any = doc("auto", "rows decoded together in the shortest length class, or auto")
+    max_len: int | None = doc(None, "longest row in tokens the engine has room for; model.max_len if null")
+    prefill_tokens: Any = doc("auto", "prompt tokens in one pass, or auto")
+
+
+@dataclass
+class OutputSchema:
+    dir: str = doc(MISSING, "folder of results, stats and run.json; the same one again resumes")
+    columns: list[str] | None = doc(None, "input columns to keep in the results; all if null")
+
+
+@dataclass
+class ShardSchema:
+    index: int = doc(0, "where this process starts, from 0")
+    count: int = doc(1, "processes that share the output")
+
+
+@dataclass
+class RootSchema:
+    model: ModelSchema = MISSING
+    quant: QuantSchema = MISSING
+    data: DataSchema = MISSING
+    task: TaskSchema = MISSING
+    sampling: SamplingSchema = MISSING
+    engine: EngineSchema = MISSING
+    output: OutputSchema = MISSING
+    shard: ShardSchema = field(default_factory=ShardSchema)
+    dry_run: bool = doc(False, "show the plan (files, rows, shapes, memory) without loading weights")
+    max_error_rate: float = doc(1.0, "exit code 3 when a larger share of the rows are errors")
+
+
+GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
+    "model": {"base": ModelSchema},
+    "quant": {"base": QuantSchema, "bnb": QuantBnbSchema},
+    "data": {"parquet": DataParquetSchema},
+    "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema},
+    "sampling": {"base": SamplingSchema},
+    "engine": {"base": EngineSchema},
+    "output": {"base": OutputSchema},
+}

@@ -1,0 +1,64 @@
+"""The checkpoint's tokenizer behind the few calls the pipeline makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+
+class Tokenizer:
+    """Text to token ids and back; chat messages to the text that the model was trained on."""
+
+    def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
+        """Load a fast tokenizer from a folder; raises ConfigError if there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.tokenizer: {folder} has no tokenizer that transformers can read ({first_line}); "
+                "name one with model.tokenizer=..."
+            ) from error
+        if not self._tokenizer.is_fast:
+            raise ConfigError(
+                f"model.tokenizer: {folder} has only a slow tokenizer; convert it to tokenizer.json or name another"
+            )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer brings a chat template."""
+        return self._tokenizer.chat_template is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self._tokenizer)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> str:
+        """The conversation as text, up to where the assistant's answer begins; special tokens included."""
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **arguments
+        )
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text, as a batch, neither padded nor truncated."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each sequence, special tokens left out."""
+        texts: list[str] = self._tokenizer.batch_decode(
+            [list(ids) for ids in token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts

@@ -1,0 +1,225 @@
+"""RunManifest: what a run's results depend on, kept in run.json from its first start to its last resume."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline.data.source import FoundFile, SourceFile, chunks_of
+from pipeline.errors import ConfigError, RunFailed
+from pipeline.output.claims import RUN_CLAIM
+from pipeline.output.durable import discard, failing_run, make_folder, publish, sync_folder, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
+    from pathlib import Path
+
+    from pipeline.output.claims import Claims
+
+FORMAT = 1
+"""The version of run.json that this code writes and reads."""
+
+_LOCK_S = 10.0
+_RETRY_S = 0.05
+_SHOWN_DIFFERENCES = 5
+_SHOWN_CHARACTERS = 80
+_LEAD_CHARACTERS = 20  # shown before the first difference of two long values
+
+Json = Any
+"""A value that json.dumps takes: None, bool, int, float, str, or lists and string-keyed dicts of these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunManifest:
+    """One output folder's run.
+
+    `fingerprint` holds, under flat dotted keys, everything that can change a row's output; only it
+    guards resume. `informational` is for the reader ("versions.torch"). `files` are in the order of
+    their registration, `chunk_rows` and `schema` (of the Parts) are fixed with the first run,
+    `engine` are the resolved shapes, `config` has its credentials redacted, `summary` is of the last
+    process that ended.
+    """
+
+    run_id: str
+    created: str
+    pipeline_version: str
+    fingerprint: Mapping[str, Json]
+    informational: Mapping[str, Json]
+    files: tuple[SourceFile, ...]
+    chunk_rows: int
+    schema: pa.Schema
+    engine: Mapping[str, Json]
+    config: Mapping[str, Json]
+    summary: Mapping[str, Json] | None = None
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of run.json: sorted keys, so that two versions of it can be compared line by line."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["files"] = [asdict(file) for file in self.files]
+        values["schema"] = {
+            "fields": [f"{field.name}: {field.type}" for field in self.schema],
+            "arrow_ipc_base64": base64.b64encode(self.schema.serialize().to_pybytes()).decode("ascii"),
+        }
+        return json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunManifest:
+        """The manifest in a text by `to_json`; ValueError saying what is wrong with any other."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+        try:
+            values["files"] = tuple(SourceFile(**file) for file in values["files"])
+            values["schema"] = _schema_from(values["schema"]["arrow_ipc_base64"])
+            return cls(**values)
+        except (KeyError, TypeError, pa.ArrowException, OSError) as error:
+            raise ValueError(f"a field is missing or malformed: {error}") from error
+
+
+def load(path: Path) -> RunManifest:
+    """Read run.json; ConfigError when it is missing, corrupt or of another format version."""
+    try:
+        return RunManifest.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"output.dir {path.parent} has a {path.name} that cannot be read ({error}); restore it, or use another "
+            "output.dir"
+        ) from error
+
+
+def create_or_load(path: Path, manifest: RunManifest) -> tuple[RunManifest, bool]:
+    """Make run.json with `manifest` unless there is one; the run.json that counts, and whether it is ours.
+
+    Of several processes that start at once exactly one creates, the others load what it made.
+    Raises ConfigError when output.dir cannot be made or its run.json not be read, RunFailed when
+    writing fails.
+    """
+    make_folder(path.parent)
+    if path.exists():
+        return load(path), False
+    temporary = _temporary(path)
+    with failing_run(path):
+        try:
+            write_file(temporary, manifest.to_json().encode())
+            created = publish(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            discard(temporary)
+    return (manifest, True) if created else (load(path), False)
+
+
+def update(path: Path, lock: Claims, change: Callable[[RunManifest], RunManifest]) -> RunManifest:
+    """Replace run.json by `change` of what it holds, alone among all processes; returns the new one.
+
+    Raises RunFailed when another process keeps run.json locked for 10 s or writing fails, and what
+    `load` and `change` raise; run.json then is as it was.
+    """
+    _lock(path, lock)
+    temporary = _temporary(path)
+    try:
+        changed = change(load(path))
+        with failing_run(path):
+            write_file(temporary, changed.to_json().encode())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        discard(temporary)
+        lock.release(RUN_CLAIM)
+    return changed
+
+
+def diff(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
+    """A line "key: then -> now" for every key whose JSON value differs, was added or was removed."""
+    old, new = ({key: _text(value) for key, value in values.items()} for values in (then, now))
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [f"{key}: {' -> '.join(_shortened(old.get(key, '(absent)'), new.get(key, '(absent)')))}" for key in changed]
+
+
+def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path) -> None:
+    """ConfigError unless the fingerprint of `output_dir` equals that of the run that is asked for."""
+    lines = diff(then, now)
+    if not lines:
+        return
+    more = [f"and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
+    raise ConfigError(
+        f"output.dir {output_dir} holds results of another run: {'; '.join(lines[:_SHOWN_DIFFERENCES] + more)}; "
+        "use another output.dir or the settings it was made with"
+    )
+
+
+def register(manifest: RunManifest, found: Sequence[FoundFile], committed: AbstractSet[str]) -> tuple[SourceFile, ...]:
+    """The manifest's files with their present paths, then the new ones, sorted by name.
+
+    An ordinal, once given, stays. `committed` are the ids of the chunks that have a Part. Raises
+    ConfigError for a registered file that has changed, or that is gone before all of it was done.
+    """
+    by_name = {file.name: file for file in found}
+    known = [_still(file, by_name.get(file.name), manifest, committed) for file in manifest.files]
+    known_names = {file.name for file in known}
+    new = sorted((file for file in found if file.name not in known_names), key=lambda file: file.name)
+    first = 1 + max((file.ordinal for file in known), default=-1)
+    return (*known, *(SourceFile(ordinal=first + index, **asdict(file)) for index, file in enumerate(new)))
+
+
+def _still(file: SourceFile, found: FoundFile | None, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
+    """A registered file as it is found now."""
+    if found is None:
+        if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
+            return file
+        raise ConfigError(
+            f"data.path has no {file.name} any more (it was {file.path}), and not all its rows are done; restore the "
+            "file, or use another output.dir"
+        )
+    if (found.size, found.digest) != (file.size, file.digest):
+        raise ConfigError(
+            f"data.path {found.path} has changed since it was registered ({file.size} bytes then, {found.size} now); "
+            "restore the file, give the new content a new name, or use another output.dir"
+        )
+    return replace(file, path=found.path)
+
+
+def _lock(path: Path, lock: Claims) -> None:
+    deadline = time.monotonic() + _LOCK_S
+    while not lock.try_claim(RUN_CLAIM):
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"{path} was kept locked by another process for {_LOCK_S:.0f} s; run the same command again"
+            )
+        time.sleep(_RETRY_S)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _schema_from(text: str) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text, validate=True)))
+
+
+def _text(value: Json) -> str:
+    """A value in the one form that survives run.json, where tuples are lists."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _shortened(then: str, now: str) -> tuple[str, str]:
+    """Both values, at most 80 characters each, cut so that their first difference is seen."""
+    same = next(
+        (index for index, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now))
+    )
+    start = max(0, same - _LEAD_CHARACTERS) if max(len(then), len(now)) > _SHOWN_CHARACTERS else 0
+    return _excerpt(then, start), _excerpt(now, start)
+
+
+def _excerpt(text: str, start: int) -> str:
+    shown = "..." + text[start:] if start > len("...") else text
+    return shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,77 @@
+"""The one schema of all Parts: the input columns that are kept, then what the task adds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_COMMON = (
+    ("row_id", pa.string()),
+    ("completion", pa.string()),
+    ("finish_reason", pa.string()),
+    ("error", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("completion_tokens", pa.int32()),
+    ("cumulative_logprob", pa.float64()),
+)
+_BY_TASK = {
+    "generate": (),
+    "label": (
+        ("label", pa.string()),
+        ("label_probs", pa.map_(pa.string(), pa.float64())),
+        ("label_logprob", pa.map_(pa.string(), pa.float64())),
+        ("margin", pa.float64()),
+        ("entropy", pa.float64()),
+    ),
+}
+
+
+def output_fields(task: str) -> list[pa.Field]:
+    """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task."""
+    if task not in _BY_TASK:
+        raise ConfigError(f"task must be one of {', '.join(_BY_TASK)}, got {task}")
+    return [pa.field(name, kind) for name, kind in (*_COMMON, *_BY_TASK[task])]
+
+
+def results_schema(
+    input_schema: pa.Schema, input_columns: Sequence[str] | None, task: str, metadata: Mapping[str, str]
+) -> pa.Schema:
+    """The schema of `results/`: `input_columns` (None is all of them) in their order, then the task's.
+
+    `metadata` becomes the schema's metadata; the input's own is dropped, since it describes other
+    columns. Raises ConfigError for unknown or repeated `input_columns` and for an input column with
+    the name of an output column.
+    """
+    kept = input_schema.names if input_columns is None else list(input_columns)
+    added = output_fields(task)
+    _require_known(kept, input_schema.names)
+    _require_free(kept, [field.name for field in added])
+    fields = [input_schema.field(name) for name in kept] + added
+    return pa.schema(fields, metadata=dict(metadata))
+
+
+def _require_known(kept: Sequence[str], names: Sequence[str]) -> None:
+    unknown = [name for name in kept if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"output.columns names {', '.join(unknown)}, which the input does not have; its columns are "
+            f"{', '.join(names)}"
+        )
+    if len(set(kept)) < len(kept):
+        raise ConfigError(f"output.columns must name each column once, got {', '.join(kept)}")
+
+
+def _require_free(kept: Sequence[str], added: Sequence[str]) -> None:
+    taken = [name for name in kept if name in added]
+    if taken:
+        others = [name for name in kept if name not in added]
+        raise ConfigError(
+            f"input columns {', '.join(taken)} have the names of output columns; set output.columns to the input "
+            f"columns to keep without them: [{', '.join(others)}]"
+        )

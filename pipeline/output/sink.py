@@ -1,0 +1,104 @@
+"""Exactly-once output: one Parquet Part per Chunk, whose final name is the commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.source import Chunk
+from pipeline.errors import RunFailed
+from pipeline.output.durable import discard, failing_run, make_folder, publish, sync_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+_COUNTS_KEY = "pipeline.counts"
+_PART = re.compile(r"part-(\d{6,}-\d{12,})\.parquet")
+_EMPTY = Chunk(file_ordinal=0, first_row=0, num_rows=0)
+
+
+def part_name(chunk_id: str) -> str:
+    """The file name of a chunk's Part; names sort like the rows."""
+    return f"part-{chunk_id}.parquet"
+
+
+class Sink:
+    """Writes Parts of one schema.
+
+    A Part is written in `work` under a name of this `attempt` (unique to the process), synced, and
+    published in `results` by an exclusive link: under its final name it is whole, and whoever comes
+    second discards. `work` must be on the file system of `results`.
+    """
+
+    def __init__(self, results: Path, work: Path, schema: pa.Schema, attempt: str, compression: str = "zstd") -> None:
+        """Make both folders; ConfigError where that is impossible."""
+        self._results = results
+        self._work = work
+        self._schema = schema
+        self._attempt = attempt
+        self._compression = compression
+        make_folder(results)
+        make_folder(work)
+
+    def committed(self) -> set[str]:
+        """The ids of the chunks that have a Part, from one listing of `results`."""
+        with failing_run(self._results), os.scandir(self._results) as entries:
+            matches = [_PART.fullmatch(entry.name) for entry in entries]
+        return {match[1] for match in matches if match}
+
+    def commit(self, chunk: Chunk, table: pa.Table, counts: Mapping[str, int]) -> bool:
+        """Publish the chunk's rows, with `counts` in the footer; False if the chunk had a Part already.
+
+        `table` has the schema's columns in any order, of types that cast to it without loss. Raises
+        RunFailed when writing fails; then no final name exists that was not there before.
+        """
+        assert table.num_rows == chunk.num_rows, f"{table.num_rows} rows for {chunk}"
+        table = table.select(self._schema.names).cast(self._schema)
+        final = self._results / part_name(chunk.id)
+        temporary = self._work / f"part-{chunk.id}.{self._attempt}.tmp"
+        with failing_run(final):
+            try:
+                self._write(temporary, table, counts)
+                published = publish(temporary, final)
+                sync_folder(self._results)
+            finally:
+                discard(temporary)
+        return published
+
+    def commit_empty(self) -> bool:
+        """Publish the Part without rows that keeps the schema of a dataset without rows."""
+        return self.commit(_EMPTY, self._schema.empty_table(), {})
+
+    def totals(self, chunk_ids: Iterable[str]) -> dict[str, int]:
+        """The sums of the counts that the chunks' Parts were committed with; RunFailed if one is unreadable."""
+        totals: Counter[str] = Counter()
+        for chunk_id in chunk_ids:
+            totals.update(_read_counts(self._results / part_name(chunk_id)))
+        return dict(totals)
+
+    def _write(self, path: Path, table: pa.Table, counts: Mapping[str, int]) -> None:
+        # A Python file, not a path: its OSError keeps the errno, and what is synced is what was written.
+        with path.open("wb") as file:
+            with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
+                writer.write_table(table)
+                writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(dict(counts), sort_keys=True)})
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read_counts(path: Path) -> dict[str, int]:
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        counts: dict[str, int] = json.loads(metadata[_COUNTS_KEY.encode()])
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise RunFailed(
+            f"{path} is not a Part that this pipeline committed ({error!r}); remove it to have its rows done again"
+        ) from error
+    return counts

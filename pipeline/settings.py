@@ -1,0 +1,104 @@
+"""The resolved configuration as frozen values: what `config.py` makes and every room reads.
+
+Rooms that only need a part get that part: `quant.spec.QuantSettings` and `engine.plan.EngineSettings`
+live with the code they steer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.engine.plan import EngineSettings
+from pipeline.quant.spec import QuantSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The `model` group; `memory_gib` None is auto."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    max_len: int | None = None
+    device: str = "auto"
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """The `data` group; `kind` is the choice (parquet)."""
+
+    kind: str
+    path: tuple[str, ...]
+    columns: tuple[str, ...] | None = None
+    limit: int | None = None
+    chunk_rows: int = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSettings:
+    """The `task` group; `kind` is the choice (generate, label). `prompt` is the template's text.
+
+    `labels` maps each label's name to its verbalizer (the text that stands for it), or is the name of
+    a column that holds each row's list of labels. `label_eos` None is auto.
+    """
+
+    kind: str
+    prompt: str
+    system: str | None = None
+    chat: bool | None = None
+    chat_args: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] | str | None = None
+    label_separator: str | None = None
+    label_eos: bool | None = None
+    abstain_below: float = 0.0
+    truth: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """The `sampling` group; None is what the checkpoint's generation_config.json says."""
+
+    max_new_tokens: int = 128
+    temperature: float | None = 0.0
+    top_k: int | None = 0
+    top_p: float | None = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSettings:
+    """The `output` group."""
+
+    dir: str
+    columns: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSettings:
+    """Where this process starts among `count`; it claims other shards' chunks only when its own are done."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole run, resolved; `resolved` is the same as plain JSON values, for run.json and the stats."""
+
+    model: ModelSettings
+    quant: QuantSettings
+    data: DataSettings
+    task: TaskSettings
+    sampling: SamplingSettings
+    engine: EngineSettings
+    output: OutputSettings
+    shard: ShardSettings
+    dry_run: bool
+    max_error_rate: float
+    resolved: Mapping[str, Any]

@@ -1,0 +1,362 @@
+"""The Parquet source against pyarrow's own readers, DuckDB, and files that are broken on purpose."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.parquet import ParquetSource
+from pipeline.data.source import Chunk, SourceFile, chunks_of
+from pipeline.errors import ConfigError, RunFailed
+
+
+def rows(count: int, first: int = 0) -> pa.Table:
+    numbers = range(first, first + count)
+    return pa.table(
+        {
+            "id": pa.array(numbers, pa.int64()),
+            "prompt": [f"prompt {n}" if n % 7 else None for n in numbers],
+            "tags": [["t"] * (n % 3) for n in numbers],
+            "deep": [{"a": n, "b": {"c": str(n)}} for n in numbers],
+        },
+        schema=pa.schema(
+            [
+                ("id", pa.int64()),
+                ("prompt", pa.string()),
+                ("tags", pa.list_(pa.string())),
+                ("deep", pa.struct([("a", pa.int64()), ("b", pa.struct([("c", pa.string())]))])),
+            ]
+        ),
+    )
+
+
+def write(path: Path, table: pa.Table, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, **options)
+    return path
+
+
+def registered(source: ParquetSource) -> list[SourceFile]:
+    return [SourceFile(ordinal=ordinal, **asdict(file)) for ordinal, file in enumerate(source.find())]
+
+
+def read_all(source: ParquetSource, chunk_rows: int) -> pa.Table:
+    tables = [t for file in registered(source) for t in source.read(file, chunks_of(file, chunk_rows))]
+    return pa.concat_tables(tables) if tables else source.schema().empty_table()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row groups whose decoding was started, in order."""
+    groups: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def spy(self: pq.ParquetFile, *args: object, **options: object) -> object:
+        groups.extend(options["row_groups"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    return groups
+
+
+# What data.path may be
+
+
+def test_a_folder_gives_its_files_by_relative_name_without_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a/x.parquet", "a/deep/y.parquet", "_tmp/z.parquet", ".h/z.parquet", "_m.parquet"):
+        write(tmp_path / name, rows(3))
+    (tmp_path / "README.md").write_text("not data")
+    found = ParquetSource(str(tmp_path)).find()
+    assert [file.name for file in found] == ["a/deep/y.parquet", "a/x.parquet", "b.parquet"]
+    assert all(Path(file.path).is_absolute() and file.size == Path(file.path).stat().st_size for file in found)
+
+
+def test_a_single_file_is_named_by_its_base_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "deep/odd[1]*.parquet", rows(3))
+    assert [(f.name, f.path, f.rows) for f in ParquetSource(str(path)).find()] == [("odd[1]*.parquet", str(path), 3)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.parquet", ["r.parquet"]),
+        ("y=*/*.parquet", ["y=1/a.parquet", "y=2/b.parquet"]),
+        ("y=[1]", ["y=1/a.parquet"]),
+        ("**/*.parquet", ["r.parquet", "y=1/a.parquet", "y=2/b.parquet"]),
+        ("y=2/?.parquet", ["b.parquet"]),
+    ],
+)
+def test_a_glob_names_files_from_before_its_first_wildcard(tmp_path: Path, pattern: str, names: list[str]) -> None:
+    for name in ("y=1/a.parquet", "y=2/b.parquet", "y=2/_c.parquet", "r.parquet"):
+        write(tmp_path / name, rows(1))
+    expected = names if pattern != "y=2/?.parquet" else ["b.parquet"]
+    assert [file.name for file in ParquetSource(str(tmp_path / pattern)).find()] == expected
+
+
+def test_a_relative_path_works_and_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "d/a.parquet", rows(1))
+    monkeypatch.chdir(tmp_path)
+    for path in ("d", "d/*.parquet", "d/a.parquet", "./d/../d"):
+        assert [(f.name, Path(f.path).is_absolute()) for f in ParquetSource(path).find()] == [("a.parquet", True)]
+
+
+def test_a_list_gives_absolute_names_and_each_file_once(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "d/a.parquet", rows(1)), write(tmp_path / "d/b.parquet", rows(2))
+    source = ParquetSource([str(b), str(tmp_path / "d"), str(tmp_path / "*/a.parquet"), f"{tmp_path}/d/../d/a.parquet"])
+    assert [(file.name, file.rows) for file in source.find()] == [(str(a), 1), (str(b), 2)]
+
+
+def test_links_to_one_blob_are_files_of_their_own(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs/0a1b", rows(2))
+    (tmp_path / "snap").mkdir()
+    for name in ("0.parquet", "1.parquet"):
+        (tmp_path / "snap" / name).symlink_to(blob)
+    assert [file.name for file in ParquetSource(str(tmp_path / "snap")).find()] == ["0.parquet", "1.parquet"]
+
+
+def test_linked_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/x.parquet", rows(1))
+    write(tmp_path / "d/a.parquet", rows(1))
+    (tmp_path / "d/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d/loop").symlink_to(tmp_path / "d")
+    assert [file.name for file in ParquetSource(str(tmp_path / "d")).find()] == ["a.parquet", "link/x.parquet"]
+
+
+@pytest.mark.parametrize("path", ["{}/none", "{}/none/*.parquet", "{}/empty", "s3://bucket/x.parquet", "{}/\0"])
+def test_a_path_without_files_is_one_sentence(tmp_path: Path, path: str) -> None:
+    if "\0" in path:
+        pytest.skip("a NUL cannot reach us through a command line")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.path .*(no file or folder|matches no Parquet file)") as error:
+        ParquetSource(path.format(tmp_path)).find()
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="empty list"):
+        ParquetSource([]).find()
+
+
+# What is in the files
+
+
+@pytest.mark.parametrize("content", [b"", b"id,prompt\n1,x\n", b"PAR0" * 20])
+def test_a_file_of_another_format_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"data\.path {path} is not a Parquet file"):
+        ParquetSource(str(tmp_path)).find()
+
+
+def test_a_parquet_file_truncated_anywhere_is_named(tmp_path: Path) -> None:
+    whole = write(tmp_path / "x.parquet", rows(500), row_group_size=100).read_bytes()
+    path = tmp_path / "t" / "x.parquet"
+    path.parent.mkdir()
+    for size in {4, 8, 11, 12, 100, len(whole) // 2, len(whole) - 100, len(whole) - 8, len(whole) - 1}:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=rf"data\.path {path} (is a truncated Parquet|cannot be opened)") as error:
+            ParquetSource(str(path)).find()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 40, b"\0" * 40])
+def test_a_damaged_footer_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = write(tmp_path / "x.parquet", rows(500))
+    content = bytearray(path.read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[start : start + len(damage)] = damage
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"data\.path {path} cannot be opened as Parquet"):
+        ParquetSource(str(path)).find()
+
+
+def test_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return ParquetSource(str(path)).find()[0].digest
+
+    a = write(tmp_path / "a.parquet", rows(100))
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(a.read_bytes())
+    assert digest(a) == digest(copy) == digest(a)
+    assert digest(a) != digest(write(tmp_path / "b.parquet", rows(100, first=1)))
+    assert digest(a) != digest(write(tmp_path / "c.parquet", rows(100), row_group_size=10))
+
+
+def test_different_schemas_name_both_files_and_the_column(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.parquet", pa.table({"id": [1], "prompt": ["x"]}))
+    b = write(tmp_path / "b.parquet", pa.table({"prompt": ["x"], "id": ["1"]}))
+    with pytest.raises(ConfigError, match=rf"column id is int64 in {a} and string in {b}"):
+        ParquetSource(str(tmp_path)).find()
+    assert read_all(ParquetSource(str(tmp_path), columns=["prompt"]), 10).to_pydict() == {"prompt": ["x", "x"]}
+    write(b, pa.table({"prompt": ["x"]}))
+    with pytest.raises(ConfigError, match=rf"column id is int64 in {a} and missing in {b}"):
+        ParquetSource(str(tmp_path)).find()
+
+
+def test_the_order_of_columns_may_differ_between_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", pa.table({"id": [1], "prompt": ["x"]}))
+    write(tmp_path / "b.parquet", pa.table({"prompt": ["y"], "id": [2]}))
+    assert read_all(ParquetSource(str(tmp_path)), 10).to_pydict() == {"id": [1, 2], "prompt": ["x", "y"]}
+
+
+def test_columns_are_projected_in_the_order_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", rows(50), row_group_size=7)
+    source = ParquetSource(str(path), columns=["deep", "id"])
+    assert source.schema().names == ["deep", "id"]
+    assert read_all(source, 20).equals(rows(50).select(["deep", "id"]))
+
+
+def test_a_column_whose_name_begins_anothers_is_told_apart(tmp_path: Path) -> None:
+    table = pa.table({"a.b": [1], "a": [2], "ab": [3]})
+    path = write(tmp_path / "a.parquet", table)
+    assert read_all(ParquetSource(str(path), columns=["a"]), 10).to_pydict() == {"a": [2]}
+    assert read_all(ParquetSource(str(path), columns=["a.b"]), 10).to_pydict() == {"a.b": [1]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["id", "nope"], r"data\.columns names nope, .* its columns are id, prompt, tags, deep"),
+        ([], r"data\.columns must name at least one column"),
+        (["id", "id"], r"data\.columns must name .* each once"),
+    ],
+)
+def test_bad_columns_are_refused(tmp_path: Path, columns: list[str], message: str) -> None:
+    path = write(tmp_path / "a.parquet", rows(1))
+    with pytest.raises(ConfigError, match=message):
+        ParquetSource(str(path), columns=columns).find()
+
+
+def test_columns_with_one_name_are_refused_unless_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", pa.Table.from_arrays([pa.array([1])] * 3, names=["a", "b", "a"]))
+    with pytest.raises(ConfigError, match="several columns named a"):
+        ParquetSource(str(path)).schema()
+    assert read_all(ParquetSource(str(path), columns=["b"]), 10).to_pydict() == {"b": [1]}
+
+
+def test_pandas_files_lose_their_metadata_and_keep_their_values(tmp_path: Path) -> None:
+    for name, words in (("a", ["x", "y"]), ("b", [f"w{n}" for n in range(300)])):
+        frame = pd.DataFrame({"word": pd.Categorical(words), "at": pd.Timestamp("2024-05-01 12:00:00.123456")})
+        frame.to_parquet(tmp_path / f"{name}.parquet")  # index types int8 and int16
+    source = ParquetSource(str(tmp_path))
+    table = read_all(source, 7)
+    assert not source.schema().metadata
+    assert table.schema.field("word").type == pa.string()
+    oracle = duckdb.sql(f"select word, \"at\" from read_parquet('{tmp_path}/*.parquet') order by filename").fetchall()
+    assert [tuple(row.values()) for row in table.to_pylist()] == oracle
+
+
+# Reading
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(0, 400),
+    row_group_size=st.integers(1, 150),
+    chunk_rows=st.integers(1, 150),
+    batch_rows=st.integers(1, 64),
+    seed=st.integers(0, 2**32),
+)
+def test_chunks_give_the_file_whole_in_parts_and_in_any_order(
+    num_rows: int, row_group_size: int, chunk_rows: int, batch_rows: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    table = rows(num_rows)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.parquet._MAX_BATCH_ROWS", batch_rows)
+        source = ParquetSource(str(write(Path(folder) / "a.parquet", table, row_group_size=row_group_size)))
+        assert read_all(source, chunk_rows).equals(table)
+        (file,) = registered(source)
+        some = [chunk for chunk in chunks_of(file, chunk_rows) if rng.random() < 0.6]
+        shuffled = rng.sample(some, len(some))
+        for order in (some, shuffled):
+            for chunk, part in zip(order, source.read(file, order), strict=True):
+                assert part.equals(table.slice(chunk.first_row, chunk.num_rows))
+                assert all(column.num_chunks <= 1 for column in part.columns)
+
+
+def test_consecutive_chunks_go_on_in_a_row_group_and_gaps_skip_whole_ones(tmp_path: Path, opened: list[int]) -> None:
+    source = ParquetSource(str(write(tmp_path / "a.parquet", rows(1000), row_group_size=100)))
+    (file,) = registered(source)
+    chunks = chunks_of(file, 10)
+    assert len(list(source.read(file, chunks))) == 100
+    assert opened == list(range(10))
+    opened.clear()
+    list(source.read(file, [chunks[0], chunks[3], chunks[55], chunks[57], chunks[99]]))
+    assert opened == [0, 5, 9]
+    opened.clear()
+    list(source.read(file, [chunks[55], chunks[53], chunks[54]]))
+    assert opened == [5, 5]
+
+
+def test_empty_row_groups_and_an_empty_file_are_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, rows(0).schema) as writer:
+        for first, count in ((0, 0), (0, 5), (5, 0), (5, 0), (5, 5), (10, 0)):
+            writer.write_table(rows(count, first))
+    assert read_all(ParquetSource(str(path)), 3).equals(rows(10))
+    empty = ParquetSource(str(write(tmp_path / "e.parquet", rows(0))))
+    assert registered(empty)[0].rows == 0
+    assert read_all(empty, 3).equals(rows(0))
+
+
+def test_memory_stays_near_a_chunk_and_a_batch_in_a_huge_row_group(tmp_path: Path) -> None:
+    texts = pa.array([f"{n:07d}" * 60 for n in range(150_000)])
+    path = write(tmp_path / "a.parquet", pa.table({"prompt": texts}), row_group_size=150_000, use_dictionary=False)
+    assert pq.read_metadata(path).num_row_groups == 1
+    del texts
+    source = ParquetSource(str(path))
+    (file,) = registered(source)
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() for _ in source.read(file, chunks_of(file, 1000)))
+    assert peak - before < 16 * 2**20 < 60_000_000 < pq.read_metadata(path).row_group(0).total_byte_size
+
+
+def damaged(path: Path, group: int) -> None:
+    """Overwrite the middle of a row group's first column."""
+    column = pq.read_metadata(path).row_group(group).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 16] = bytes(byte ^ 0xA5 for byte in content[middle : middle + 16])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compression": "zstd"}, {"compression": "none", "write_page_checksum": True, "use_dictionary": False}],
+    ids=["compressed", "checksum"],
+)
+def test_a_corrupt_page_names_file_and_row_group(tmp_path: Path, options: dict[str, object]) -> None:
+    path = write(tmp_path / "a.parquet", rows(4000), row_group_size=1000, **options)
+    damaged(path, group=2)
+    source = ParquetSource(str(path))
+    (file,) = registered(source)
+    parts = source.read(file, chunks_of(file, 500))
+    assert pa.concat_tables(next(parts) for _ in range(4)).equals(rows(2000))
+    with pytest.raises(RunFailed, match=rf"data\.path {path}: row group 2 cannot be read \(") as error:
+        next(parts)
+    assert "\n" not in str(error.value)
+    last = Chunk(file_ordinal=0, first_row=3500, num_rows=500)
+    assert next(iter(source.read(file, [last]))).equals(rows(500, first=3500))
+
+
+def test_a_file_rewritten_since_registration_is_refused(tmp_path: Path) -> None:
+    source = ParquetSource(str(write(tmp_path / "a.parquet", rows(10))))
+    (file,) = registered(source)
+    for other in (rows(11), rows(10, first=1)):
+        write(tmp_path / "a.parquet", other)
+        with pytest.raises(ConfigError, match=r"a\.parquet is not the registered file any more"):
+            next(iter(source.read(file, chunks_of(file, 5))))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be opened"):
+        next(iter(source.read(file, chunks_of(file, 5))))
