@@ -18,7 +18,7 @@ from pipeline.data.source import FoundFile
 from pipeline.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pipeline.data.source import Chunk, SourceFile
 
@@ -79,7 +79,7 @@ class ParquetSource:
             self._schema = self._project(_read_footer(path).schema, path)
         return self._schema
 
-    def read(self, file: SourceFile, chunks: Sequence[Chunk]) -> Iterator[pa.Table]:
+    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[pa.Table]:
         """Each chunk's rows as one table of `schema()`, in the order of `chunks`.
 
         Memory is about one chunk and one batch: a chunk that follows its predecessor goes on in the

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import pyarrow as pa
 
@@ -68,7 +68,7 @@ class Source(Protocol):
 
     def schema(self) -> pa.Schema: ...
 
-    def read(self, file: SourceFile, chunks: Sequence[Chunk]) -> Iterator[pa.Table]: ...
+    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[pa.Table]: ...
 
 
 def chunks_of(file: SourceFile, chunk_rows: int) -> list[Chunk]:

@@ -18,6 +18,8 @@ CUDA_SLOTS = 512
 CPU_PREFILL_TOKENS = 1024
 CUDA_PREFILL_TOKENS = 8192
 SHARED_LOGIT_ROWS = 256
+AUTO_MAX_LEN = 8192
+"""The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
 GIB = 1024**3
 
 
@@ -106,32 +108,51 @@ def round_up(value: int, multiple: int = ROW_MULTIPLE) -> int:
     return -(-value // multiple) * multiple
 
 
+def longest_rows(geometry: ModelGeometry, settings: EngineSettings, model_max_len: int | None) -> list[int]:
+    """The longest row to plan for, in tokens: what was asked for, or lengths to try in turn, falling.
+
+    Raises ConfigError when more is asked for than the model has positions.
+    """
+    asked = {"engine.max_len": settings.max_len, "model.max_len": model_max_len}
+    for key, value in asked.items():
+        if value is not None and value > geometry.max_positions:
+            raise ConfigError(
+                f"{key}={value} is more than the {geometry.max_positions} positions of the model; lower it"
+            )
+    given = [value for value in asked.values() if value is not None]
+    if given:
+        return [min(given)]
+    longest = min(geometry.max_positions, AUTO_MAX_LEN)
+    return [longest, *(n for n in (longest // 2, longest // 4, longest // 8) if n >= SHORTEST_CLASS)]
+
+
+def largest_pass(settings: EngineSettings, longest: int, device_type: str) -> tuple[int, int]:
+    """Tokens and logit positions of the largest pass that rows up to `longest` tokens share or fill."""
+    tokens = _shared_tokens(settings, device_type)
+    return max(tokens, round_up(longest)), min(SHARED_LOGIT_ROWS, tokens)
+
+
 def plan_engine(
     geometry: ModelGeometry,
     settings: EngineSettings,
     *,
+    longest: int,
     device_type: str,
     kv_budget_bytes: int,
     kv_itemsize: int,
-    max_len: int | None = None,
 ) -> EnginePlan:
-    """List the shapes for a model on a device, within a budget for keys and values.
+    """List the shapes for rows of at most `longest` tokens, within a budget for keys and values.
 
-    `max_len` is the model's own limit (`model.max_len`); `settings.max_len` may lower it further.
     Raises ConfigError when `engine.slots` does not fit, or not even the fewest slots do.
     """
-    longest = _longest_row(geometry, settings, max_len)
     token_bytes = geometry.kv_bytes_per_token(kv_itemsize)
     slots = round_up(settings.slots or (CUDA_SLOTS if device_type == "cuda" else CPU_SLOTS))
     classes = _fit_classes(
         _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
     )
     ladder = device_type == "cpu"
-    shared_tokens = round_up(
-        settings.prefill_tokens or (CUDA_PREFILL_TOKENS if device_type == "cuda" else CPU_PREFILL_TOKENS)
-    )
-    largest = max(shared_tokens, round_up(longest))
-    shared_logit_rows = min(SHARED_LOGIT_ROWS, shared_tokens)
+    shared_tokens = _shared_tokens(settings, device_type)
+    largest, shared_logit_rows = largest_pass(settings, longest, device_type)
     return EnginePlan(
         length_classes=classes,
         prefill_tokens=_shapes(shared_tokens, largest, ladder),
@@ -143,14 +164,9 @@ def plan_engine(
     )
 
 
-def _longest_row(geometry: ModelGeometry, settings: EngineSettings, max_len: int | None) -> int:
-    longest = min(x for x in (geometry.max_positions, max_len, settings.max_len) if x is not None)
-    for key, value in (("engine.max_len", settings.max_len), ("model.max_len", max_len)):
-        if value is not None and value > geometry.max_positions:
-            raise ConfigError(
-                f"{key}={value} is more than the {geometry.max_positions} positions of the model; lower it"
-            )
-    return longest
+def _shared_tokens(settings: EngineSettings, device_type: str) -> int:
+    default = CUDA_PREFILL_TOKENS if device_type == "cuda" else CPU_PREFILL_TOKENS
+    return round_up(settings.prefill_tokens or default)
 
 
 def _class_lengths(longest: int) -> list[int]:

@@ -66,11 +66,16 @@ class Checkpoint:
         found = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "no *.safetensors file"
         raise ConfigError(f"model.path={self.name} has {found}; {remedy}")
 
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """What generation_config.json holds; empty without one."""
+        file = self.folder / "generation_config.json"
+        return _read_json(file) if file.is_file() else {}
+
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: eos_token_id of generation_config.json, else of config.json."""
-        file = self.folder / "generation_config.json"
-        stored = _read_json(file).get("eos_token_id") if file.exists() else None
+        stored = self.generation_config.get("eos_token_id")
         stored = self.config.get("eos_token_id") if stored is None else stored
         if stored is None:
             return ()

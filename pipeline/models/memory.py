@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.plan import GIB, ModelGeometry
+from pipeline.engine.plan import (
+    GIB,
+    EnginePlan,
+    EngineSettings,
+    ModelGeometry,
+    largest_pass,
+    longest_rows,
+    plan_engine,
+)
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quant.spec import QuantSettings, QuantSpec
@@ -94,32 +102,62 @@ def _cgroup_free_bytes() -> int:
     return 1 << 62
 
 
-def plan_memory(
-    checkpoint: Checkpoint,
-    spec: QuantSpec,
-    settings: QuantSettings,
-    geometry: ModelGeometry,
-    dtype: torch.dtype,
-    *,
-    budget: int,
-    pass_tokens: int,
-    logit_rows: int,
-) -> MemoryPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What a model needs to know of its device before its memory is shared out."""
+
+    checkpoint: Checkpoint
+    geometry: ModelGeometry
+    spec: QuantSpec
+    dtype: torch.dtype
+    device_type: str
+    budget: int
+
+
+def plan_shapes(
+    place: Placement, engine: EngineSettings, quant: QuantSettings, model_max_len: int | None
+) -> tuple[EnginePlan, MemoryPlan]:
+    """The engine's shapes and the shares of memory; raises ConfigError with sizes and remedy if nothing fits.
+
+    Where no length is asked for, shorter ones are tried until keys and values fit.
+    """
+    lengths = longest_rows(place.geometry, engine, model_max_len)
+    for longest in lengths:
+        try:
+            memory = plan_memory(place, engine, quant, longest)
+            shapes = plan_engine(
+                place.geometry,
+                engine,
+                longest=longest,
+                device_type=place.device_type,
+                kv_budget_bytes=memory.kv_cache,
+                kv_itemsize=place.dtype.itemsize,
+            )
+        except ConfigError:
+            if longest == lengths[-1]:
+                raise
+            continue
+        return shapes, memory
+    raise AssertionError("there is at least one length to try")
+
+
+def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, longest: int) -> MemoryPlan:
     """Share out the budget; raises ConfigError naming both sizes if not even the weights fit.
 
     `kv_cache` is what keys and values may take: what weights, one pass and dequantized weights leave.
     """
-    weights, dense = weight_bytes(checkpoint, spec, dtype)
-    passes = pass_bytes(geometry, pass_tokens, logit_rows, dtype)
-    rest = budget - weights - passes
+    weights, dense = weight_bytes(place.checkpoint, place.spec, place.dtype)
+    tokens, logit_rows = largest_pass(engine, longest, place.device_type)
+    passes = pass_bytes(place.geometry, tokens, logit_rows, place.dtype)
+    rest = place.budget - weights - passes
     if rest <= 0:
         raise ConfigError(
-            f"model.path={checkpoint.name} takes {weights / GIB:.2f} GiB as {spec.describe()} weights and "
-            f"{passes / GIB:.2f} GiB for a pass, but the device has {budget / GIB:.2f} GiB (model.memory); "
+            f"model.path={place.checkpoint.name} takes {weights / GIB:.2f} GiB as {place.spec.describe()} weights and "
+            f"{passes / GIB:.2f} GiB for a pass, but the device has {place.budget / GIB:.2f} GiB (model.memory); "
             "quantize it (quant=bnb), lower engine.prefill_tokens, or take a larger device"
         )
-    cache = _cache_budget(settings, dense, rest)
-    return MemoryPlan(budget=budget, weights=weights, passes=passes, kv_cache=rest - cache, dequant_cache=cache)
+    cache = _cache_budget(quant, dense, rest)
+    return MemoryPlan(budget=place.budget, weights=weights, passes=passes, kv_cache=rest - cache, dequant_cache=cache)
 
 
 def _cache_budget(settings: QuantSettings, dense: int, rest: int) -> int:

@@ -13,13 +13,13 @@ import os
 import socket
 import threading
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pipeline.output.durable import discard, failing_run, make_folder, publish, reason
+from pipeline.output.durable import discard, failing_run, make_folder, publish, reason, take_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +30,7 @@ RUN_CLAIM = "run"
 
 _BEATS_PER_LEASE = 6
 _SUFFIX = ".json"
+_TICKET_SUFFIX = ".ticket"
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +91,11 @@ class _Record:
     def is_stale(self, now_ns: int, lease_ns: int) -> bool:
         """Whether the owner is dead, or has not renewed for a lease; `now_ns` by the same file system's clock."""
         return (self.owner is not None and self.owner.is_dead()) or now_ns - self.mtime_ns > lease_ns
+
+    def ticket(self, path: Path) -> Path:
+        """The name that stands for the right to evict exactly this claim."""
+        attempt = self.owner.attempt if self.owner else "unknown"
+        return path.with_name(f".{path.stem}.{attempt}.{self.mtime_ns}{_TICKET_SUFFIX}")
 
 
 class Claims:
@@ -202,7 +208,17 @@ class Claims:
         judged = _read(path)
         if judged is None:
             return True
-        return judged.is_stale(now_ns, self._lease_ns) and _evict(path, judged)
+        if not judged.is_stale(now_ns, self._lease_ns):
+            return False
+        ticket = judged.ticket(path)
+        self._drop_abandoned(ticket, now_ns)
+        return _evict(path, ticket, judged)
+
+    def _drop_abandoned(self, ticket: Path, now_ns: int) -> None:
+        """Remove the ticket of a process that was killed between two steps of an eviction, a lease ago."""
+        with suppress(FileNotFoundError):
+            if now_ns - ticket.stat().st_ctime_ns > self._lease_ns:
+                ticket.unlink()
 
     def _is_mine(self, claim_id: str) -> bool:
         record = _read(self._path(claim_id))
@@ -234,7 +250,9 @@ class Claims:
         """Remove stale claims and the temporary files of processes that were killed."""
         with self._note("sweep") as (note, now_ns):
             for path in self._folder.iterdir():
-                if path != note:
+                if path.suffix == _TICKET_SUFFIX:
+                    self._drop_abandoned(path, now_ns)
+                elif path != note:
                     self._evict_stale(path, now_ns)
 
 
@@ -248,18 +266,33 @@ def _read(path: Path) -> _Record | None:
         return None
 
 
-def _evict(path: Path, judged: _Record) -> bool:
-    """Move a claim away and remove it, if it still is the one that was judged; of several callers one wins."""
-    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.stale")
+def _evict(path: Path, ticket: Path, judged: _Record) -> bool:
+    """Remove a claim if it still is the one that was judged stale; of several callers one wins.
+
+    Only one caller can give the claim the ticket's name, too. Who comes late, after the winner's new
+    claim, finds another claim under the ticket than it judged; that claim was not touched, or, where
+    there are no hard links, is put back.
+    """
     try:
-        path.rename(aside)
+        if not take_name(path, ticket):
+            return False
     except FileNotFoundError:
-        return True  # released or evicted by somebody else meanwhile
-    same = _read(aside) == judged
-    if not same:
-        publish(aside, path)  # somebody else's new claim: put it back, unless the name was taken since
-    discard(aside)
+        return True  # released or evicted meanwhile
+    same = _read(ticket) == judged
+    if same and _is_same_file(path, ticket):
+        path.unlink(missing_ok=True)
+    elif not same:
+        with suppress(FileNotFoundError):
+            take_name(ticket, path)
+    discard(ticket)
     return same
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except FileNotFoundError:
+        return False
 
 
 def _boot_id() -> str | None:

@@ -55,18 +55,25 @@ def publish(temporary: Path, final: Path) -> bool:
     """Give a finished file its final name unless somebody has it already; atomic, never replaces.
 
     True when this call published; the caller then removes the temporary name (which is already gone
-    where the file system has no hard links and the file was renamed). Raises OSError; RunFailed on a
-    file system that can neither link nor rename exclusively.
+    where the file system has no hard links). Raises OSError, and RunFailed like `take_name`.
+    """
+    # NFS may send a link twice and answer with the second result; the link count tells (open(2)).
+    return take_name(temporary, final) or temporary.stat().st_nlink > 1
+
+
+def take_name(path: Path, name: Path) -> bool:
+    """Link a file under a name, or rename it where there are no hard links; False when the name is taken.
+
+    Raises OSError, and RunFailed on a file system that can do neither without replacing.
     """
     try:
-        os.link(temporary, final)
+        os.link(path, name)
     except FileExistsError:
-        # NFS may send a link twice and answer with the second result; the link count tells (open(2)).
-        return temporary.stat().st_nlink > 1
+        return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        return _rename_exclusively(temporary, final)
+        return _rename_exclusively(path, name)
     return True
 
 

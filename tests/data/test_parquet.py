@@ -99,8 +99,7 @@ def test_a_single_file_is_named_by_its_base_name(tmp_path: Path) -> None:
 def test_a_glob_names_files_from_before_its_first_wildcard(tmp_path: Path, pattern: str, names: list[str]) -> None:
     for name in ("y=1/a.parquet", "y=2/b.parquet", "y=2/_c.parquet", "r.parquet"):
         write(tmp_path / name, rows(1))
-    expected = names if pattern != "y=2/?.parquet" else ["b.parquet"]
-    assert [file.name for file in ParquetSource(str(tmp_path / pattern)).find()] == expected
+    assert [file.name for file in ParquetSource(str(tmp_path / pattern)).find()] == names
 
 
 def test_a_relative_path_works_and_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +111,10 @@ def test_a_relative_path_works_and_is_kept_absolute(tmp_path: Path, monkeypatch:
 
 def test_a_list_gives_absolute_names_and_each_file_once(tmp_path: Path) -> None:
     a, b = write(tmp_path / "d/a.parquet", rows(1)), write(tmp_path / "d/b.parquet", rows(2))
-    source = ParquetSource([str(b), str(tmp_path / "d"), str(tmp_path / "*/a.parquet"), f"{tmp_path}/d/../d/a.parquet"])
+    source = ParquetSource([str(b), str(tmp_path / "d"), str(tmp_path / "*/a.parquet")])
     assert [(file.name, file.rows) for file in source.find()] == [(str(a), 1), (str(b), 2)]
+    detour = ParquetSource([str(a), f"{tmp_path}/d/../d/a.parquet"]).find()
+    assert [Path(file.path).resolve() for file in detour] == [a]
 
 
 def test_links_to_one_blob_are_files_of_their_own(tmp_path: Path) -> None:
@@ -132,10 +133,8 @@ def test_linked_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
     assert [file.name for file in ParquetSource(str(tmp_path / "d")).find()] == ["a.parquet", "link/x.parquet"]
 
 
-@pytest.mark.parametrize("path", ["{}/none", "{}/none/*.parquet", "{}/empty", "s3://bucket/x.parquet", "{}/\0"])
+@pytest.mark.parametrize("path", ["{}/none", "{}/none/*.parquet", "{}/empty", "s3://bucket/x.parquet"])
 def test_a_path_without_files_is_one_sentence(tmp_path: Path, path: str) -> None:
-    if "\0" in path:
-        pytest.skip("a NUL cannot reach us through a command line")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"data\.path .*(no file or folder|matches no Parquet file)") as error:
         ParquetSource(path.format(tmp_path)).find()
@@ -322,23 +321,22 @@ def test_memory_stays_near_a_chunk_and_a_batch_in_a_huge_row_group(tmp_path: Pat
     assert peak - before < 16 * 2**20 < 60_000_000 < pq.read_metadata(path).row_group(0).total_byte_size
 
 
-def damaged(path: Path, group: int) -> None:
-    """Overwrite the middle of a row group's first column."""
+def damage(path: Path, group: int, *, at_header: bool) -> None:
+    """Flip bits of a row group's first column: in its first page header, or amid its (only) data page."""
     column = pq.read_metadata(path).row_group(group).column(0)
+    first = column.dictionary_page_offset or column.data_page_offset
+    start = first if at_header else first + column.total_compressed_size // 2
     content = bytearray(path.read_bytes())
-    middle = column.data_page_offset + column.total_compressed_size // 2
-    content[middle : middle + 16] = bytes(byte ^ 0xA5 for byte in content[middle : middle + 16])
+    content[start : start + 16] = bytes(byte ^ 0xA5 for byte in content[start : start + 16])
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"compression": "zstd"}, {"compression": "none", "write_page_checksum": True, "use_dictionary": False}],
-    ids=["compressed", "checksum"],
-)
-def test_a_corrupt_page_names_file_and_row_group(tmp_path: Path, options: dict[str, object]) -> None:
-    path = write(tmp_path / "a.parquet", rows(4000), row_group_size=1000, **options)
-    damaged(path, group=2)
+@pytest.mark.parametrize("at_header", [True, False], ids=["header", "checksum"])
+def test_a_corrupt_page_names_file_and_row_group(tmp_path: Path, at_header: bool) -> None:
+    path = write(
+        tmp_path / "a.parquet", rows(4000), row_group_size=1000, write_page_checksum=True, use_dictionary=False
+    )
+    damage(path, group=2, at_header=at_header)
     source = ParquetSource(str(path))
     (file,) = registered(source)
     parts = source.read(file, chunks_of(file, 500))

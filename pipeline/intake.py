@@ -1,0 +1,178 @@
+"""From chunks to requests, ahead of the engine: claims, reads, renders and tokenizes in a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import Completion, FinishReason, Request
+from pipeline.data.source import Chunk, Source, SourceFile
+from pipeline.prompts import PromptBuilder
+from pipeline.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNKS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChunk:
+    """A claimed chunk: its table, the columns that prompt and task read, and a request or an error for each row."""
+
+    chunk: Chunk
+    table: pa.Table
+    rows: Sequence[Mapping[str, Any]]
+    requests: Sequence[Request]
+    failed: Sequence[Completion]
+
+
+class Preparation:
+    """Turns a chunk's rows into requests."""
+
+    def __init__(self, prompts: PromptBuilder, task: Task, too_long: Callable[[Request], str | None]) -> None:
+        """`too_long` says why a request fits no static shape, or None."""
+        self._prompts = prompts
+        self._task = task
+        self._too_long = too_long
+        self._columns = list(dict.fromkeys([*prompts.columns, *task.columns]))
+
+    def prepare(self, chunk: Chunk, table: pa.Table) -> PreparedChunk:
+        """Requests of the good rows, error completions of the others."""
+        rows = read_rows(table.select(self._columns))
+        requests: list[Request] = []
+        failed: list[Completion] = []
+        readable = [row for row in rows if isinstance(row, dict)]
+        prompts = iter(self._prompts.build(readable))
+        for index, row in enumerate(rows):
+            prepared = self._prepare_row((chunk.id, index), row, prompts)
+            (requests if isinstance(prepared, Request) else failed).append(prepared)  # type: ignore[arg-type]
+        return PreparedChunk(chunk, table, [r if isinstance(r, dict) else {} for r in rows], requests, failed)
+
+    def _prepare_row(self, request_id: tuple[str, int], row: Any, prompts: Iterator[Any]) -> Request | Completion:
+        if not isinstance(row, dict):
+            return _error(request_id, 0, str(row))
+        prompt = next(prompts)
+        if prompt.error is not None:
+            return _error(request_id, 0, prompt.error)
+        try:
+            request = self._task.request(request_id, prompt.token_ids, row)
+        except ValueError as error:
+            return _error(request_id, len(prompt.token_ids), str(error))
+        reason = self._too_long(request)
+        return request if reason is None else _error(request_id, len(prompt.token_ids), reason)
+
+
+def read_rows(table: pa.Table) -> list[dict[str, Any] | str]:
+    """The rows as Python values; for a row whose bytes are no valid text, the reason instead."""
+    try:
+        rows: list[dict[str, Any] | str] = table.to_pylist()
+        return rows or [{} for _ in range(table.num_rows)]
+    except UnicodeDecodeError:
+        return [_read_row(table.slice(index, 1)) for index in range(table.num_rows)]
+
+
+def _read_row(row: pa.Table) -> dict[str, Any] | str:
+    try:
+        values: dict[str, Any] = row.to_pylist()[0]
+        return values
+    except UnicodeDecodeError as error:
+        return f"a column of the row is not valid UTF-8 ({error.reason})"
+
+
+def _error(request_id: tuple[str, int], prompt_tokens: int, reason: str) -> Completion:
+    return Completion(
+        request_id=request_id, prompt_tokens=prompt_tokens, finish_reason=FinishReason.ERROR, error=reason
+    )
+
+
+class Intake:
+    """Prepared chunks, a few ahead of whoever takes them; a context manager around its thread."""
+
+    def __init__(
+        self,
+        source: Source,
+        files: Sequence[SourceFile],
+        chunks: Sequence[Chunk],
+        claim: Callable[[Chunk], bool],
+        preparation: Preparation,
+    ) -> None:
+        """`claim` takes a chunk for this process, or says that it is not to be had."""
+        self._source = source
+        self._files = {file.ordinal: file for file in files}
+        self._chunks = chunks
+        self._claim = claim
+        self._preparation = preparation
+        self._queue: queue.Queue[PreparedChunk | Exception | None] = queue.Queue(maxsize=CHUNKS_AHEAD)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
+        self.exhausted = False
+
+    def __enter__(self) -> Intake:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def take(self, wait_s: float) -> PreparedChunk | None:
+        """The next prepared chunk; None if there is none within `wait_s` seconds, or no more (`exhausted`)."""
+        if self.exhausted:
+            return None
+        try:
+            item = self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, Exception):
+            raise item
+        self.exhausted = item is None
+        return item
+
+    def _work(self) -> None:
+        """Whatever goes wrong here is raised where the chunks are taken."""
+        try:
+            for prepared in self._prepared():
+                if not self._put(prepared):
+                    return
+            self._put(None)
+        except Exception as error:  # noqa: BLE001  # carried to the main thread, not swallowed
+            self._put(error)
+
+    def _prepared(self) -> Iterator[PreparedChunk]:
+        for ordinal, chunks in _by_file(self._chunks):
+            claimed: list[Chunk] = []
+            tables = self._source.read(self._files[ordinal], self._claims(chunks, claimed))
+            for table in tables:
+                yield self._preparation.prepare(claimed[-1], table)
+
+    def _claims(self, chunks: Sequence[Chunk], claimed: list[Chunk]) -> Iterator[Chunk]:
+        """Chunks as they can be claimed, each only when the reader is ready for it."""
+        for chunk in chunks:
+            if self._closing.is_set():
+                return
+            if self._claim(chunk):
+                claimed.append(chunk)
+                yield chunk
+
+    def _put(self, item: PreparedChunk | Exception | None) -> bool:
+        while not self._closing.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def _by_file(chunks: Sequence[Chunk]) -> list[tuple[int, list[Chunk]]]:
+    """Runs of chunks of the same file, in order."""
+    runs: list[tuple[int, list[Chunk]]] = []
+    for chunk in chunks:
+        if not runs or runs[-1][0] != chunk.file_ordinal:
+            runs.append((chunk.file_ordinal, []))
+        runs[-1][1].append(chunk)
+    return runs

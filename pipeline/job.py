@@ -1,0 +1,189 @@
+"""A run before the device is taken: its input, its output folder, what is done and what is left. No torch here."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__, fingerprint
+from pipeline.data.open import open_source
+from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_of
+from pipeline.errors import ConfigError
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.output import manifest as manifests
+from pipeline.output.claims import Claims
+from pipeline.output.manifest import RunManifest
+from pipeline.output.schema import results_schema
+from pipeline.output.sink import part_name
+from pipeline.settings import RunConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """The places in `output.dir`."""
+
+    root: Path
+
+    @property
+    def results(self) -> Path:
+        """The committed Parts."""
+        return self.root / "results"
+
+    @property
+    def stats(self) -> Path:
+        """RunStats of every process."""
+        return self.root / "stats"
+
+    @property
+    def journal(self) -> Path:
+        """Work in progress; empty when done."""
+        return self.root / "journal"
+
+    @property
+    def claims(self) -> Path:
+        """Leases on chunks; empty when done."""
+        return self.root / "claims"
+
+    @property
+    def run_json(self) -> Path:
+        """The RunManifest."""
+        return self.root / "run.json"
+
+    @property
+    def plan_json(self) -> Path:
+        """The plan, to look at."""
+        return self.root / "plan.json"
+
+    def committed(self) -> set[str]:
+        """Ids of the chunks that have a Part; none where the folder does not exist yet."""
+        prefix, suffix = part_name("").removesuffix(".parquet"), ".parquet"
+        return {p.name.removeprefix(prefix).removesuffix(suffix) for p in self.results.glob(part_name("*"))}
+
+
+class Job:
+    """Opens everything that can be looked at cheaply; raises ConfigError on whatever does not fit together."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.output = OutputFolder(Path(config.output.dir))
+        self.source: Source = open_source(config.data)
+        self.found: list[FoundFile] = list(self.source.find())
+        self.input_schema: pa.Schema = self.source.schema()
+        self._check_columns()
+        self.schema: pa.Schema = results_schema(self.input_schema, config.output.columns, config.task.kind, {})
+        self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        self.tokenizer = self._tokenizer_checkpoint()
+        self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
+        self.manifest: RunManifest | None = None
+        if self.output.run_json.exists():
+            self._adopt(manifests.load(self.output.run_json))
+
+    @cached_property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The registered files; before the first run, as they would be registered."""
+        base = self.manifest or self.fresh_manifest({}, {})
+        return manifests.register(base, self.found, self.output.committed())
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """All chunks of the run in row order, up to `data.limit` rows."""
+        left = self.config.data.limit
+        chunks: list[Chunk] = []
+        for chunk in (c for file in self.files for c in chunks_of(file, self.config.data.chunk_rows)):
+            if left is not None:
+                chunk = replace(chunk, num_rows=min(chunk.num_rows, left))
+                left -= chunk.num_rows
+            if chunk.num_rows:
+                chunks.append(chunk)
+        return chunks
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole run."""
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+    def pending(self) -> list[Chunk]:
+        """Chunks without a Part, those of this process's shard first."""
+        committed = self.output.committed()
+        first = len(self.chunks) * self.config.shard.index // self.config.shard.count
+        ordered = self.chunks[first:] + self.chunks[:first]
+        return [chunk for chunk in ordered if chunk.id not in committed]
+
+    def fresh_manifest(self, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> RunManifest:
+        """The manifest of a first run."""
+        return RunManifest(
+            run_id=uuid.uuid4().hex,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            pipeline_version=__version__,
+            fingerprint={**self.asked, **resolved},
+            informational=fingerprint.versions(),
+            files=(),
+            chunk_rows=self.config.data.chunk_rows,
+            schema=self.schema,
+            engine=shapes,
+            config=self.config.resolved,
+        )
+
+    def check_resolved(self, resolved: Mapping[str, Any]) -> None:
+        """Refuse to resume on another device, dtype or kernel than the results were made with."""
+        if self.manifest is not None:
+            manifests.check(self.manifest.fingerprint, {**self.asked, **resolved}, self.output.root)
+
+    def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+        """Create run.json, or adopt the one that another process has just made, and register the files."""
+        fresh = self.fresh_manifest(resolved, shapes)
+        fresh = replace(fresh, files=manifests.register(fresh, self.found, set()))
+        manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+        if not created:
+            self._adopt(manifest)
+            self.check_resolved(resolved)
+            if self.files != manifest.files:
+                manifest = manifests.update(self.output.run_json, claims, self._registered)
+        self._take(manifest)
+
+    def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
+        """Keep the run's summary in run.json."""
+        self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
+
+    def _registered(self, manifest: RunManifest) -> RunManifest:
+        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed()))
+
+    def _adopt(self, manifest: RunManifest) -> None:
+        """Take over a run.json after making sure that it is of this run and fits the input."""
+        asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
+        manifests.check(asked_then, self.asked, self.output.root)
+        if not manifest.schema.equals(self.schema):
+            raise ConfigError(
+                f"output.dir {self.output.root} has results of another schema than the input would give now; "
+                "restore the input's columns, or use another output.dir"
+            )
+        self._take(manifest)
+
+    def _take(self, manifest: RunManifest) -> None:
+        self.manifest = manifest
+        self.__dict__.pop("files", None)
+        self.__dict__.pop("chunks", None)
+
+    def _tokenizer_checkpoint(self) -> Checkpoint:
+        name = self.config.model.tokenizer
+        return self.checkpoint if name is None else open_checkpoint(name)
+
+    def _check_columns(self) -> None:
+        task = self.config.task
+        names = {"task.truth": task.truth, "task.labels": task.labels if isinstance(task.labels, str) else None}
+        for key, name in names.items():
+            if name is not None and name not in self.input_schema.names:
+                raise ConfigError(
+                    f"{key}={name} is no column; the columns are {', '.join(self.input_schema.names) or 'none'}"
+                )
+        kept = self.config.output.columns
+        if task.truth is not None and kept is not None and task.truth not in kept:
+            raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")

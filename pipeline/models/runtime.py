@@ -1,0 +1,120 @@
+"""What runs the model, settled before weights are read: device, dtype, quantization, kernel, shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import EnginePlan
+from pipeline.kernels.registry import DEQUANTIZE_4BIT, Kernel, choose
+from pipeline.models.architecture import geometry_of, load_config
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.memory import (
+    MemoryPlan,
+    Placement,
+    memory_budget,
+    plan_memory,
+    plan_shapes,
+    resolve_device,
+    resolve_dtype,
+)
+from pipeline.quant.spec import QuantSpec, resolve_spec
+from pipeline.settings import RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from transformers import PretrainedConfig
+
+    from pipeline.engine.engine import Engine
+    from pipeline.models.decoder import TransformersDecoder
+    from pipeline.models.loader import Progress
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A model's settled place: everything but the weights."""
+
+    place: Placement
+    transformers_config: PretrainedConfig
+    device: torch.device
+    kernel: Kernel | None
+    kernel_reason: str
+    shapes: EnginePlan
+    memory: MemoryPlan
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the Linears are stored."""
+        return self.place.spec
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel of the quantized Linears, or torch where none is quantized."""
+        return "torch" if self.kernel is None else self.kernel.name
+
+    def resolved(self) -> dict[str, Any]:
+        """What was settled and changes bits: part of the fingerprint."""
+        return {
+            "resolved.device": self.device.type,
+            "resolved.dtype": str(self.place.dtype).removeprefix("torch."),
+            "resolved.kernel": self.kernel_name,
+            "resolved.quantization": self.spec.describe(),
+        }
+
+    def describe(self) -> str:
+        """One line for the log."""
+        dtype = str(self.place.dtype).removeprefix("torch.")
+        return (
+            f"{self.place.checkpoint.name}: {self.spec.describe()} weights, {dtype}, on {self.device}, "
+            f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.kernel else "")
+        )
+
+    def load(self, trust_remote_code: bool, progress: Progress) -> tuple[TransformersDecoder, Engine]:
+        """Read the weights and make the engine; raises ConfigError on a bad checkpoint."""
+        from pipeline.engine.engine import Engine
+        from pipeline.engine.kv_cache import KVCache
+        from pipeline.models.loader import load_model
+
+        place = self.place
+        model = load_model(
+            place.checkpoint,
+            self.transformers_config,
+            place.spec,
+            self.kernel,
+            place.dtype,
+            self.device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        model.cache_dequantized(self.memory.dequant_cache)
+        engine = Engine(model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device)
+        return model, engine
+
+
+def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Mapping[str, Any] | None) -> Runtime:
+    """Settle where and how the model runs; raises ConfigError with sizes or reasons if it cannot.
+
+    `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
+    """
+    spec = resolve_spec(config.quant, checkpoint.config, checkpoint.name)
+    transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
+    device = resolve_device(config.model)
+    kernel, reason = (None, "")
+    if spec.quantized:
+        kernel, reason = choose(DEQUANTIZE_4BIT, config.quant.kernel, device.type)
+    place = Placement(
+        checkpoint=checkpoint,
+        geometry=geometry_of(transformers_config),
+        spec=spec,
+        dtype=resolve_dtype(config.model, checkpoint),
+        device_type=device.type,
+        budget=memory_budget(config.model, device),
+    )
+    if stored_shapes is None:
+        shapes, memory = plan_shapes(place, config.engine, config.quant, config.model.max_len)
+    else:
+        shapes = EnginePlan.from_dict(stored_shapes)
+        memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
+    return Runtime(place, transformers_config, device, kernel, reason, shapes, memory)

@@ -1,0 +1,354 @@
+"""The spine: Source -> Chunk -> prompts -> Request -> Engine -> Completion -> Sink -> Part."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from pipeline import fingerprint
+from pipeline.console import Console, RowProgress
+from pipeline.data.source import Chunk
+from pipeline.errors import ConfigError, Interrupted
+from pipeline.job import Job
+from pipeline.output.claims import Claims
+from pipeline.output.sink import Sink, part_name
+from pipeline.settings import RunConfig
+from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import Engine
+    from pipeline.intake import Intake, Preparation
+    from pipeline.models.runtime import Runtime
+    from pipeline.models.tokenizer import Tokenizer
+    from pipeline.outlet import Counts, Outlet
+    from pipeline.prompts import PromptBuilder
+    from pipeline.tasks.task import Task
+
+LOOKAHEAD = 2
+"""Requests that wait for a slot, in multiples of all slots: enough to fill any that falls free."""
+IDLE_WAIT_S = 0.2
+
+
+class ExitCode(IntEnum):
+    """What the process ends with; see docs/architecture.md."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_CONFIG = 2
+    TOO_MANY_ERRORS = 3
+    NOT_DONE = 75
+
+
+Stopping = Callable[[], bool]
+"""Whether a signal has asked the run to stop."""
+
+
+def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
+    """Answer every row that has no answer yet, and say what came out.
+
+    Raises ConfigError, RunFailed or Interrupted; what is committed stays.
+    """
+    started = time.perf_counter()
+    job = Job(config)
+    if config.dry_run:
+        return show_plan(job, console)
+    with Claims(job.output.claims) as claims:
+        if job.pending() or job.manifest is None:
+            answer_rows(job, claims, console, stopping, started)
+        return finish(job, claims, console)
+
+
+def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, started: float) -> None:
+    """Take the device and answer all rows that can be claimed."""
+    from pipeline.models.runtime import resolve_runtime
+    from pipeline.models.tokenizer import Tokenizer
+
+    config = job.config
+    runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine if job.manifest else None)
+    tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
+    prompts, task = make_task(job, tokenizer)
+    job.check_resolved(runtime.resolved())
+    job.start(claims, runtime.resolved(), runtime.shapes.as_dict())
+    assert job.manifest is not None
+    sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+    if not job.chunks:
+        sink.commit_empty()
+    pending = job.pending()
+    if not pending:
+        return
+    write_plan(job, runtime)
+    console.note(runtime.describe())
+    stats = with_identity(
+        RunStats(),
+        run_id=job.manifest.run_id,
+        attempt=claims.attempt,
+        resolved=runtime.resolved(),
+        config=config.resolved,
+        versions=fingerprint.versions(),
+    )
+    recorder = IntervalRecorder(stats.run_id, stats.attempt)
+    engine = load_engine(job, runtime, console, stopping, stats)
+    try:
+        done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
+        with console.rows(job.num_rows, done_before) as progress:
+            shift = Shift(job, claims, sink, engine, task, prompts, stats, recorder, progress, stopping)
+            while shift.work(job.pending()):
+                pass
+    finally:
+        stats.finish(time.perf_counter() - started)
+        _count_engine(stats, engine, runtime)
+        recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
+        write_stats(job.output.stats, stats, recorder.intervals)
+
+
+def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
+    """The prompts and the task of the configuration; raises ConfigError if they do not fit data or tokenizer."""
+    from pipeline.prompts import PromptBuilder
+    from pipeline.tasks.generate import GenerateTask
+    from pipeline.tasks.label import LabelTask
+    from pipeline.tasks.sampling import sampling_params
+
+    config = job.config
+    prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names)
+    if config.task.kind == "label":
+        stop = job.checkpoint.stop_token_ids
+        return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
+    return prompts, GenerateTask(sampling_params(config.sampling, job.checkpoint), tokenizer.decode)
+
+
+def load_engine(job: Job, runtime: Runtime, console: Console, stopping: Stopping, stats: RunStats) -> Engine:
+    """Weights to the device; a signal ends the loading at once."""
+    loading_started = time.perf_counter()
+
+    def watched(items: Iterable[Any]) -> Iterator[Any]:
+        for item in console.loading(items, len(job.checkpoint.tensors)):
+            if stopping():
+                raise Interrupted("stopped while loading")
+            yield item
+
+    model, engine = runtime.load(job.config.model.trust_remote_code, watched)
+    stats.load_s = time.perf_counter() - loading_started
+    linears = [linear for _, linear in model.quant_linears()]
+    stats.weight_bytes = model.weight_bytes()
+    stats.quantized_bytes = sum(linear.stored_bytes for linear in linears)
+    stats.dequantized_bytes = sum(linear.cached_bytes for linear in linears)
+    stats.kv_cache_bytes = runtime.shapes.kv_bytes
+    return engine
+
+
+@dataclass(slots=True)
+class Shift:
+    """The loop between intake, engine and outlet."""
+
+    job: Job
+    claims: Claims
+    sink: Sink
+    engine: Engine
+    task: Task
+    prompts: PromptBuilder
+    stats: RunStats
+    recorder: IntervalRecorder
+    progress: RowProgress
+    stopping: Stopping
+
+    def work(self, chunks: list[Chunk]) -> int:
+        """Answer all of the chunks that can be claimed; returns how many. Raises Interrupted on a signal."""
+        from pipeline.intake import Intake
+        from pipeline.outlet import Outlet
+
+        outlet = Outlet(self.sink, self.task, self.job.schema, self._committed)
+        intake = Intake(self.job.source, self.job.files, chunks, self._claim, self._preparation())
+        try:
+            with intake:
+                return self._pump(intake, outlet)
+        finally:
+            outlet.close()
+
+    def _pump(self, intake: Intake, outlet: Outlet) -> int:
+        """Keep the engine fed until nothing is left of it and of the intake."""
+        chunks = 0
+        first_ready = None
+        while not intake.exhausted or self.engine.unfinished:
+            if self.stopping():
+                raise Interrupted("stopped by a signal")
+            chunks += self._feed(intake, outlet)
+            if chunks and first_ready is None:
+                first_ready = time.perf_counter()
+            answered = self._poll(outlet)
+            if answered and first_ready is not None:
+                now = time.perf_counter()
+                self.stats.generate_s += now - first_ready
+                first_ready = now
+            self.recorder.tick(
+                self.engine.counters, self.stats.rows, self.engine.unfinished - self.engine.waiting, self.engine.waiting
+            )
+        return chunks
+
+    def _feed(self, intake: Intake, outlet: Outlet) -> int:
+        """Submit prepared chunks while the engine has less waiting than its slots could take."""
+        chunks = 0
+        wanted = LOOKAHEAD * sum(c.slots for c in self.engine.plan.length_classes)
+        while self.engine.waiting < wanted:
+            prepared = intake.take(0 if self.engine.unfinished else IDLE_WAIT_S)
+            if prepared is None:
+                break
+            chunks += 1
+            outlet.expect(prepared)
+            self.progress.advance(len(prepared.failed), 0)
+            for request in prepared.requests:
+                self.engine.submit(request)
+        return chunks
+
+    def _poll(self, outlet: Outlet) -> int:
+        completions = [o.completion for o in self.engine.poll() if o.completion is not None]
+        for completion in completions:
+            outlet.add(completion)
+        tokens = sum(c.prompt_tokens + len(c.token_ids) for c in completions)
+        self.progress.advance(len(completions), tokens)
+        return len(completions)
+
+    def _preparation(self) -> Preparation:
+        from pipeline.engine.engine import too_long
+        from pipeline.intake import Preparation
+
+        return Preparation(self.prompts, self.task, lambda request: too_long(request, self.engine.plan))
+
+    def _claim(self, chunk: Chunk) -> bool:
+        """Take a chunk unless somebody has it or, since the listing, has committed it."""
+        if not self.claims.try_claim(chunk.id):
+            return False
+        if (self.job.output.results / part_name(chunk.id)).exists():
+            self.claims.release(chunk.id)
+            return False
+        return True
+
+    def _committed(self, chunk: Chunk, counts: Counts) -> None:
+        """Called in the writing thread once a chunk has its Part."""
+        self.claims.release(chunk.id)
+        self.stats.rows += counts.rows
+        self.stats.error_rows += counts.error_rows
+        self.stats.prompt_tokens += counts.prompt_tokens
+        self.stats.completion_tokens += counts.completion_tokens
+
+
+def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
+    """Say what came out; the one who finds all rows done writes the summary."""
+    left = job.pending()
+    if left:
+        console.note(
+            f"{job.output.root}: {len(left)} of {len(job.chunks)} chunks are not done; {claims.others()} are in the "
+            "hands of other processes; run the same command again"
+        )
+        return ExitCode.NOT_DONE
+    assert job.manifest is not None
+    summary = job.manifest.summary
+    if summary is None or summary.get("chunks") != len(job.chunks):
+        summary = summarize(job, claims)
+    for line in summary_lines(job, summary):
+        console.result(line)
+    if summary["error_rows"] > job.config.max_error_rate * max(1, summary["rows"]):
+        console.note(
+            f"{summary['error_rows']:,} of {summary['rows']:,} rows are errors, more than "
+            f"max_error_rate={job.config.max_error_rate}; the column `error` says why"
+        )
+        return ExitCode.TOO_MANY_ERRORS
+    return ExitCode.DONE
+
+
+def summarize(job: Job, claims: Claims) -> dict[str, Any]:
+    """Totals over all Parts, of whichever process wrote them."""
+    sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+    totals = sink.totals(chunk.id for chunk in job.chunks)
+    counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens")
+    summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
+    truth = job.config.task.truth
+    if truth is not None:
+        from pipeline.evaluate.truth import accuracy
+
+        judged = accuracy(job.output.results, truth)
+        summary["accuracy"] = {"column": truth, "rows": judged.judged, "correct": judged.correct, "value": judged.value}
+    job.summarize(claims, summary)
+    return summary
+
+
+def summary_lines(job: Job, summary: dict[str, Any] | Any) -> list[str]:
+    """What the end of a run prints."""
+    lines = [
+        f"results    {job.output.results} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
+        f"in {max(1, summary['chunks']):,} parts)"
+    ]
+    lines += [f"{name:<10} {value}" for name, value in _speed(job)]
+    judged = summary.get("accuracy")
+    if judged and judged["value"] is not None:
+        lines.append(f"accuracy   {100 * judged['value']:.1f} % of {judged['rows']:,} rows (column {judged['column']})")
+    return lines
+
+
+def _speed(job: Job) -> Iterator[tuple[str, str]]:
+    """Rates of the last process that has left its stats."""
+    import pyarrow.parquet as pq
+
+    files = sorted(job.output.stats.glob("run-*.parquet"))
+    if not files:
+        return
+    last = pq.read_table(files[-1]).to_pylist()[0]
+    yield (
+        "speed",
+        f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
+        f"({last['prompt_tokens']:,} prompt + {last['completion_tokens']:,} completion tokens in "
+        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading)",
+    )
+    yield "stats", str(files[-1])
+
+
+def show_plan(job: Job, console: Console) -> ExitCode:
+    """dry_run: everything a run would settle, without reading weights or writing anything."""
+    from pipeline.models.runtime import resolve_runtime
+    from pipeline.models.tokenizer import Tokenizer
+
+    runtime = resolve_runtime(job.config, job.checkpoint, job.manifest.engine if job.manifest else None)
+    make_task(job, Tokenizer(str(job.tokenizer.folder), job.config.model.trust_remote_code))
+    job.check_resolved(runtime.resolved())
+    console.result(json.dumps(plan_of(job, runtime), indent=2, default=str))
+    return ExitCode.DONE
+
+
+def plan_of(job: Job, runtime: Runtime) -> dict[str, Any]:
+    """The plan: configuration, files, rows, chunks left, shapes and memory."""
+    return {
+        "config": job.config.resolved,
+        "runs": runtime.resolved() | {"resolved.kernel_reason": runtime.kernel_reason},
+        "files": [{"path": f.path, "rows": f.rows, "bytes": f.size} for f in job.files],
+        "rows": job.num_rows,
+        "chunks": len(job.chunks),
+        "chunks_left": len(job.pending()),
+        "shapes": runtime.shapes.as_dict(),
+        "memory_bytes": runtime.memory.as_dict(),
+    }
+
+
+def write_plan(job: Job, runtime: Runtime) -> None:
+    """Leave the plan beside the results, to look at; raises RunFailed if it cannot be written."""
+    from pipeline.output.durable import failing_run
+
+    with failing_run(job.output.plan_json):
+        job.output.plan_json.write_text(json.dumps(plan_of(job, runtime), indent=2, default=str) + "\n")
+
+
+def _count_engine(stats: RunStats, engine: Engine, runtime: Runtime) -> None:
+    from pipeline.models.memory import peak_bytes
+
+    counters = engine.counters
+    stats.padded_tokens = counters.padded_tokens
+    stats.prefill_passes = counters.prefill_passes
+    stats.decode_steps = counters.decode_steps
+    stats.prefill_s = counters.prefill_s
+    stats.decode_s = counters.decode_s
+    stats.peak_memory_bytes = peak_bytes(runtime.device)
+
+
+__all__ = ["ConfigError", "ExitCode", "run"]

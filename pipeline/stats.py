@@ -1,0 +1,167 @@
+"""RunStats: what a process did and how fast, in Parquet; one row per process and one per engine interval."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.output.durable import failing_run, make_folder
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import EngineCounters
+
+INTERVAL_S = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class RunStats:
+    """One process's work. Seconds are wall-clock; tokens are counted where the work was done.
+
+    `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
+    are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
+    row's token. Rates are per second of `generate_s`, over prompt and completion tokens.
+    """
+
+    run_id: str = ""
+    attempt: str = ""
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    rows: int = 0
+    error_rows: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    padded_tokens: int = 0
+    prefill_passes: int = 0
+    decode_steps: int = 0
+    load_s: float = 0.0
+    generate_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    wall_s: float = 0.0
+    rows_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+    weight_bytes: int = 0
+    quantized_bytes: int = 0
+    dequantized_bytes: int = 0
+    kv_cache_bytes: int = 0
+    peak_memory_bytes: int = 0
+    kernel: str = ""
+    dtype: str = ""
+    device: str = ""
+    quantization: str = ""
+    versions: str = ""
+    config: str = ""
+
+    def finish(self, wall_s: float) -> None:
+        """Set the rates."""
+        self.wall_s = wall_s
+        if self.generate_s > 0:
+            self.rows_per_s = self.rows / self.generate_s
+            self.tokens_per_s = (self.prompt_tokens + self.completion_tokens) / self.generate_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """The engine's work between two moments at least a second apart."""
+
+    run_id: str
+    attempt: str
+    ended_at: datetime
+    seconds: float
+    rows: int
+    running: int
+    waiting: int
+    prompt_tokens: int
+    completion_tokens: int
+    padded_tokens: int
+    prefill_passes: int
+    decode_steps: int
+    prefill_s: float
+    decode_s: float
+
+
+class IntervalRecorder:
+    """Cuts the engine's counters into intervals."""
+
+    def __init__(self, run_id: str, attempt: str) -> None:
+        self.intervals: list[Interval] = []
+        self._ids = {"run_id": run_id, "attempt": attempt}
+        self._since = time.perf_counter()
+        self._before: dict[str, Any] = {}
+        self._rows = 0
+
+    def tick(self, counters: EngineCounters, rows: int, running: int, waiting: int, *, last: bool = False) -> None:
+        """Note the counters; a row is added when a second has passed, or at the end."""
+        now = time.perf_counter()
+        if now - self._since < INTERVAL_S and not last:
+            return
+        current = asdict(counters)
+        done = {key: value - self._before.get(key, 0) for key, value in current.items()}
+        self.intervals.append(
+            Interval(
+                **self._ids,
+                ended_at=datetime.now(UTC),
+                seconds=now - self._since,
+                rows=rows - self._rows,
+                running=running,
+                waiting=waiting,
+                **done,
+            )
+        )
+        self._since, self._before, self._rows = now, current, rows
+
+
+def write_stats(folder: Path, stats: RunStats, intervals: list[Interval]) -> Path:
+    """Write run-<id>.parquet and intervals-<id>.parquet for this process; returns the former's path.
+
+    Raises RunFailed when the folder cannot be written.
+    """
+    name = f"{stats.started_at:%Y%m%dT%H%M%S}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
+    make_folder(folder)
+    run_path = folder / f"run-{name}.parquet"
+    _write(run_path, [asdict(stats)], [asdict(stats)])
+    empty = Interval(
+        run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0,
+        completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, prefill_s=0.0, decode_s=0.0,
+    )  # fmt: skip
+    _write(folder / f"intervals-{name}.parquet", [asdict(i) for i in intervals], [asdict(empty)])
+    return run_path
+
+
+def _write(path: Path, rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> None:
+    """Under a temporary name first, so that a reader of the folder never meets half a file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.Table.from_pylist(like).schema
+    temporary = path.with_name(f".{path.name}.tmp")
+    with failing_run(path):
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+        temporary.replace(path)
+
+
+def with_identity(
+    stats: RunStats, *, run_id: str, attempt: str, resolved: Mapping[str, Any], config: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> RunStats:  # fmt: skip
+    """The stats with what ran: kernel, dtype, device, versions and configuration."""
+    return replace(
+        stats,
+        run_id=run_id,
+        attempt=attempt,
+        kernel=resolved["resolved.kernel"],
+        dtype=resolved["resolved.dtype"],
+        device=resolved["resolved.device"],
+        quantization=resolved["resolved.quantization"],
+        versions=json.dumps(dict(versions), sort_keys=True),
+        config=json.dumps(config, sort_keys=True, default=str),
+    )

@@ -1,0 +1,97 @@
+"""Small random checkpoints in folders, and engines built on them the way a run builds them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name (a key of `oracle.CHECKPOINTS`) to the folder of that checkpoint, written when first asked for."""
+    from oracle import save_checkpoint
+
+    @cache
+    def folder(name: str) -> Path:
+        return save_checkpoint(name, tmp_path_factory.mktemp("checkpoints") / name)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., Any]:
+    """Folder and dtype to the checkpoint as transformers runs it, loaded once."""
+    from oracle import load_reference
+
+    return cache(load_reference)
+
+
+@pytest.fixture(scope="session")
+def load_decoder() -> Callable[..., Any]:
+    """Folder, dtype, quant and kernel to this project's model on the CPU, loaded once.
+
+    quant is none, nf4 (double quantization) or nf4-single.
+    """
+    import torch
+
+    from pipeline.kernels.registry import DEQUANTIZE_4BIT, choose
+    from pipeline.models.architecture import load_config
+    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.models.loader import load_model
+    from pipeline.quant.spec import QuantSettings, resolve_spec
+
+    @cache
+    def load(folder: Path, dtype: torch.dtype, quant: str = "none", kernel: str = "auto", **settings: Any) -> Any:
+        checkpoint = open_checkpoint(str(folder))
+        method = "none" if quant == "none" else "bnb"
+        asked = QuantSettings(method=method, kernel=kernel, double_quant=quant == "nf4", **settings)
+        spec = resolve_spec(asked, checkpoint.config, str(folder))
+        chosen = choose(DEQUANTIZE_4BIT, kernel, "cpu")[0] if spec.quantized else None
+        config = load_config(str(folder), str(folder), False)
+        return load_model(checkpoint, config, spec, chosen, dtype, torch.device("cpu"))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
+    """Folder, dtype, quant and engine settings (slots, max_len, prefill_tokens) to an `EngineUnderTest`."""
+    import torch
+    from oracle import EngineUnderTest
+
+    from pipeline.engine.plan import EngineSettings, longest_rows, plan_engine
+    from pipeline.models.architecture import geometry_of
+
+    def build(folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", **engine: Any) -> EngineUnderTest:
+        decoder = load_decoder(folder, dtype, quant)
+        geometry = geometry_of(decoder.model.config)
+        settings = EngineSettings(**engine)
+        plan = plan_engine(
+            geometry,
+            settings,
+            longest=longest_rows(geometry, settings, None)[0],
+            device_type="cpu",
+            kv_budget_bytes=1 << 30,
+            kv_itemsize=dtype.itemsize,
+        )
+        return EngineUnderTest(decoder, plan, geometry, dtype)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def two_threads(request: pytest.FixtureRequest) -> None:
+    """Two threads, as in CI, wherever the tests run; only where torch is used anyway."""
+    if {"engine", "models", "quant", "kernels"} & set(request.path.parts):
+        import torch
+
+        torch.set_num_threads(2)

@@ -1,0 +1,214 @@
+"""What the tests compare with: transformers' own models on small random checkpoints.
+
+Nothing here computes an answer with this project's code, except `EngineUnderTest`, the thing under test.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pipeline.core import Completion, FinishReason, Request, SamplingParams
+from pipeline.engine.engine import Engine
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.plan import EnginePlan, ModelGeometry
+from pipeline.models.decoder import TransformersDecoder
+
+MAX_POSITIONS = 640
+VOCAB = 509
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-one-head": ("Llama", {"num_key_value_heads": 1}),
+    "llama-ungrouped": ("Llama", {"num_key_value_heads": 4}),
+    "llama-rope3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-rope-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama-wide": ("Llama", WIDE),
+    "llama-vocab32": ("Llama", {"vocab_size": 32, "initializer_range": 0.15}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+}
+"""Each checkpoint's architecture, and what its config has in place of SMALL's values."""
+
+
+def save_checkpoint(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a random checkpoint with save_pretrained; biases and norms are random too, or no test would see them."""
+    architecture, values = CHECKPOINTS[name]
+    config = getattr(transformers, f"{architecture}Config")(**{**SMALL, **values, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            elif "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The checkpoint as transformers itself runs it, with its plainest attention."""
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class EngineUnderTest:
+    """A loaded model and its shapes; each `engine()` is a fresh one, with fresh keys and values."""
+
+    decoder: Any
+    plan: EnginePlan
+    geometry: ModelGeometry
+    dtype: torch.dtype
+
+    def engine(self, decoder: TransformersDecoder | None = None) -> Engine:
+        device = torch.device("cpu")
+        return Engine(
+            decoder or self.decoder, self.plan, lambda c: KVCache(self.geometry, c, self.dtype, device), device
+        )
+
+    def answer(self, requests: Iterable[Request]) -> dict[Any, Completion]:
+        """Submit everything, then poll to the end."""
+        return drive(self.engine(), requests)
+
+
+BuildEngine = Callable[..., EngineUnderTest]
+
+
+def drive(engine: Engine, requests: Iterable[Request], *, polls_between: int = 0) -> dict[Any, Completion]:
+    """Completions by request id; also checks that the tokens reported on the way are those of the completion."""
+    done: dict[Any, Completion] = {}
+    streamed: dict[Any, list[int]] = {}
+
+    def poll() -> None:
+        for output in engine.poll():
+            assert output.request_id not in done, "news of a request that has ended"
+            streamed.setdefault(output.request_id, []).extend(output.new_token_ids)
+            if output.completion is not None:
+                done[output.request_id] = output.completion
+
+    for request in requests:
+        engine.submit(request)
+        for _ in range(polls_between):
+            poll()
+    while engine.unfinished:
+        poll()
+    for request_id, completion in done.items():
+        if completion.error is None:
+            assert tuple(streamed[request_id]) == completion.token_ids
+    return done
+
+
+@dataclass(frozen=True)
+class OracleAnswer:
+    """What transformers' generate makes of a request."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+def oracle_generate(model: nn.Module, request: Request, max_len: int = MAX_POSITIONS) -> OracleAnswer:
+    """Greedy `generate` of one request; rows end at `max_len` tokens, prompt included."""
+    return oracle_generate_alike(model, [request], max_len)[0]
+
+
+def oracle_generate_alike(model: nn.Module, requests: Sequence[Request], max_len: int) -> list[OracleAnswer]:
+    """Greedy `generate` of requests with equally long prompts and equal settings: a batch without padding."""
+    sampling = requests[0].sampling
+    prompts = torch.tensor([r.prompt_ids for r in requests])
+    limit = min(sampling.max_new_tokens, max_len - prompts.shape[1])
+    config = transformers.GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=list(sampling.stop_token_ids) or None,
+        pad_token_id=0,
+    )
+    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+    return [_until_stop(row[prompts.shape[1] :].tolist(), sampling.stop_token_ids) for row in out]
+
+
+def _until_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> OracleAnswer:
+    ends = [i for i, token in enumerate(tokens) if token in stop_token_ids]
+    if ends:
+        return OracleAnswer(tuple(tokens[: ends[0]]), FinishReason.STOP)
+    return OracleAnswer(tuple(tokens), FinishReason.LENGTH)
+
+
+def oracle_generate_all(
+    model: nn.Module, requests: Iterable[Request], max_len: int = MAX_POSITIONS
+) -> dict[Any, OracleAnswer]:
+    """`oracle_generate` of many requests, those that are alike in one batch."""
+    groups: dict[Any, list[Request]] = {}
+    for request in requests:
+        groups.setdefault((len(request.prompt_ids), request.sampling), []).append(request)
+    answers: dict[Any, OracleAnswer] = {}
+    for group in groups.values():
+        for request, answer in zip(group, oracle_generate_alike(model, group, max_len), strict=True):
+            answers[request.id] = answer
+    return answers
+
+
+@torch.no_grad()
+def oracle_logits(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
+    """Logits [T, V] of a transformers forward over the whole sequence, in float64."""
+    logits: Tensor = model(torch.tensor([list(token_ids)])).logits[0].double()
+    return logits
+
+
+def oracle_logprob(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Summed log-probability of `answer` after `prompt` under the unmodified softmax, in float64."""
+    logprobs = torch.log_softmax(oracle_logits(model, [*prompt, *answer]), dim=-1)
+    places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    return float(logprobs[places, torch.tensor(list(answer))].sum())
+
+
+def random_prompt(rng: random.Random, length: int, vocab: int = VOCAB) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, vocab) for _ in range(length))
+
+
+def greedy(request_id: Any, prompt: Sequence[int], max_new_tokens: int, *stop: int) -> Request:
+    return Request(
+        id=request_id,
+        prompt_ids=tuple(prompt),
+        sampling=SamplingParams(max_new_tokens=max_new_tokens, stop_token_ids=stop),
+    )

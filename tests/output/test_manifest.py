@@ -1,0 +1,260 @@
+"""run.json: agreed on by processes that start at once, guarding resume, registering files once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.source import FoundFile, SourceFile, chunks_of
+from pipeline.errors import ConfigError, RunFailed
+from pipeline.output import manifest as room
+from pipeline.output.claims import Claims
+from pipeline.output.manifest import RunManifest, check, create_or_load, diff, load, register, update
+
+ROOT = Path(room.__file__).parents[2]
+SCHEMA = pa.schema(
+    [("id", pa.int64()), ("probs", pa.map_(pa.string(), pa.float64())), ("at", pa.timestamp("us", "UTC"))],
+    metadata={"pipeline.run": "r1"},
+)
+
+# argv: folder of this test file, output.dir, own number, number of processes, number of updates.
+RACER = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_manifest as t
+out, me, processes, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+(out.parent / f"ready{me}").touch()
+while len(list(out.parent.glob("ready*"))) < processes:
+    time.sleep(0.001)
+mine, created = t.create_or_load(out / "run.json", t.manifest(run_id=me))
+with t.Claims(out / "claims") as claims:
+    for _ in range(count):
+        t.update(out / "run.json", claims, lambda m: replace(m, summary={"n": (m.summary or {"n": 0})["n"] + 1}))
+print(mine.run_id, created)
+"""
+
+
+def manifest(**changes: object) -> RunManifest:
+    values = {
+        "run_id": "0a1b",
+        "created": "2024-05-01T12:00:00+00:00",
+        "pipeline_version": "0.1.0",
+        "fingerprint": {"model.path": "llama", "sampling.top_p": 0.9, "task.labels": ["a", "b"], "quant.bits": None},
+        "informational": {"versions.torch": "2.11"},
+        "files": (registered(0, "a.parquet", 25), registered(1, "c.parquet", 5)),
+        "chunk_rows": 10,
+        "schema": SCHEMA,
+        "engine": {"classes": [[64, 256]]},
+        "config": {"data": {"path": "/d/ü"}},
+    }
+    return RunManifest(**(values | changes))
+
+
+def found(name: str, rows: int = 10, digest: str = "d", folder: str = "/d") -> FoundFile:
+    return FoundFile(name=name, path=f"{folder}/{name}", size=rows * 7, rows=rows, digest=digest)
+
+
+def registered(ordinal: int, name: str, rows: int) -> SourceFile:
+    return SourceFile(ordinal=ordinal, **asdict(found(name, rows)))
+
+
+# The file
+
+
+def test_run_json_gives_back_what_was_stored_and_is_readable(tmp_path: Path) -> None:
+    path = tmp_path / "deep/out/run.json"
+    made, created = create_or_load(path, manifest(summary={"rows": 3}))
+    assert created
+    assert load(path) == made == manifest(summary={"rows": 3})
+    assert load(path).schema.equals(SCHEMA, check_metadata=True)
+    text = path.read_text(encoding="utf-8")
+    values = json.loads(text)
+    assert text == json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    assert values["format"] == 1
+    assert values["schema"]["fields"][0] == "id: int64"
+    assert values["files"][0] == {
+        "ordinal": 0, "name": "a.parquet", "path": "/d/a.parquet", "size": 175, "rows": 25, "digest": "d",
+    }  # fmt: skip
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+def test_the_second_to_come_gets_what_the_first_made(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    create_or_load(path, manifest(run_id="first"))
+    loaded, created = create_or_load(path, manifest(run_id="second"))
+    assert (loaded.run_id, created) == ("first", False)
+
+
+def test_processes_that_start_at_once_agree_and_lose_no_update(tmp_path: Path) -> None:
+    out, count = tmp_path / "out", 15
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(Path(__file__).parent), str(out), str(me), "4", str(count)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for me in range(4)
+    ]
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len({run_id for run_id, _ in answers}) == 1
+    assert Counter(created for _, created in answers) == {"True": 1, "False": 3}
+    winner = next(run_id for run_id, created in answers if created == "True")
+    assert load(out / "run.json") == manifest(run_id=winner, summary={"n": 4 * count})
+    assert sorted(path.name for path in out.iterdir()) == ["claims", "run.json"]
+    assert list((out / "claims").iterdir()) == []
+
+
+def broken_texts() -> dict[str, str]:
+    whole = manifest().to_json()
+    values = json.loads(whole)
+    return {
+        "empty": "",
+        "torn": whole[: len(whole) // 2],
+        "no object": "[]",
+        "newer": json.dumps(values | {"format": 99}),
+        "field missing": json.dumps({key: value for key, value in values.items() if key != "chunk_rows"}),
+        "field added": json.dumps(values | {"surprise": 1}),
+        "bad file": json.dumps(values | {"files": [{"name": "x"}]}),
+        "bad base64": json.dumps(values | {"schema": {"arrow_ipc_base64": "?"}}),
+        "bad schema": json.dumps(values | {"schema": {"arrow_ipc_base64": "AAAA"}}),
+        "no schema": json.dumps(values | {"schema": "id: int64"}),
+    }
+
+
+@pytest.mark.parametrize("kind", broken_texts())
+def test_a_run_json_that_cannot_be_read_is_a_configuration_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(broken_texts()[kind])
+    with pytest.raises(ConfigError, match=rf"output\.dir {tmp_path} has a run\.json that cannot be read") as error:
+        create_or_load(path, manifest())
+    assert "another output.dir" in str(error.value)
+    assert path.read_text() == broken_texts()[kind]
+
+
+def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(broken_texts()["newer"])
+    with pytest.raises(ConfigError, match="its format is 99, this version reads 1"):
+        load(tmp_path / "run.json")
+
+
+# Updates
+
+
+def test_an_update_that_fails_changes_nothing_and_unlocks(tmp_path: Path) -> None:
+    def fail(_: RunManifest) -> RunManifest:
+        raise ConfigError("no")
+
+    path = tmp_path / "run.json"
+    create_or_load(path, manifest())
+    with Claims(tmp_path / "claims") as claims:
+        with pytest.raises(ConfigError, match="no"):
+            update(path, claims, fail)
+        assert load(path) == manifest()
+        assert claims.held() == set()
+        assert update(path, claims, lambda m: replace(m, chunk_rows=3)) == load(path) == manifest(chunk_rows=3)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["claims", "run.json"]
+
+
+def test_an_update_waits_for_others_and_then_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_LOCK_S", 0.2)
+    path = tmp_path / "run.json"
+    create_or_load(path, manifest())
+    with Claims(tmp_path / "claims") as mine, Claims(tmp_path / "claims") as others:
+        others.try_claim("run")
+        with pytest.raises(RunFailed, match=r"run\.json was kept locked by another process"):
+            update(path, mine, lambda m: m)
+        others.release("run")
+        update(path, mine, lambda m: m)
+
+
+# What guards resume
+
+
+def test_differences_name_key_and_both_values() -> None:
+    then = {"model.path": "llama", "sampling.seed": 1, "old": True, "same": [1, (2,)], "kind": 1}
+    now = {"model.path": "qwen", "sampling.seed": 1, "new": None, "same": (1, [2]), "kind": True}
+    assert diff(then, now) == [
+        "kind: 1 -> true",
+        'model.path: "llama" -> "qwen"',
+        "new: (absent) -> null",
+        "old: true -> (absent)",
+    ]
+    assert diff(then, then) == []
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_differences_are_short_and_show_where_long_values_part(then: str, now: str) -> None:
+    lines = diff({"k": then}, {"k": now})
+    assert len(lines) == (then != now)
+    for line in lines:
+        old, new = room._shortened(room._text(then), room._text(now))
+        assert line == f"k: {old} -> {new}"
+        assert max(len(old), len(new)) <= 80
+        assert old != new
+
+
+def test_a_long_common_beginning_is_cut() -> None:
+    (line,) = diff({"task.prompt": "x" * 500 + "a"}, {"task.prompt": "x" * 500 + "b" * 500})
+    assert line.startswith(f'task.prompt: ...{"x" * 20}a" -> ...{"x" * 20}bbb')
+    assert line.endswith("bbb...")
+
+
+def test_another_runs_fingerprint_is_refused_in_one_sentence() -> None:
+    then = {f"k{n}": n for n in range(7)}
+    check(then, dict(then), Path("/out"))
+    with pytest.raises(ConfigError) as error:
+        check(then, then | {"k1": 5}, Path("/out"))
+    assert str(error.value) == (
+        "output.dir /out holds results of another run: k1: 1 -> 5; "
+        "use another output.dir or the settings it was made with"
+    )
+    with pytest.raises(ConfigError, match=r"k4: 4 -> \(absent\); and 2 more; use another"):
+        check(then, {}, Path("/out"))
+
+
+# Registration
+
+
+def test_known_files_keep_their_ordinals_and_new_ones_follow_by_name() -> None:
+    files = register(
+        manifest(), [found(n) for n in ("d", "b")] + [found("c.parquet", 5), found("a.parquet", 25)], set()
+    )
+    assert [(file.ordinal, file.name) for file in files] == [(0, "a.parquet"), (1, "c.parquet"), (2, "b"), (3, "d")]
+    fresh = register(manifest(files=()), [found("b"), found("a")], set())
+    assert [(file.ordinal, file.name) for file in fresh] == [(0, "a"), (1, "b")]
+    assert register(manifest(files=fresh), [found("a"), found("b")], set()) == fresh
+
+
+def test_a_dataset_that_moved_is_the_same_at_its_new_place() -> None:
+    moved = [found("a.parquet", 25, folder="/new"), found("c.parquet", 5, folder="/new")]
+    assert [file.path for file in register(manifest(), moved, set())] == ["/new/a.parquet", "/new/c.parquet"]
+
+
+@pytest.mark.parametrize("change", [{"digest": "other"}, {"size": 1}])
+def test_a_changed_file_is_named(change: dict[str, object]) -> None:
+    now = [replace(found("a.parquet", 25), **change), found("c.parquet", 5)]
+    with pytest.raises(ConfigError, match=r"data\.path /d/a\.parquet has changed since it was registered .*; restore"):
+        register(manifest(), now, set())
+
+
+def test_a_file_may_go_when_all_of_it_is_done() -> None:
+    ids: Callable[[int], list[str]] = lambda n: [c.id for c in chunks_of(manifest().files[n], 10)]  # noqa: E731
+    rest = [found("c.parquet", 5), found("e")]
+    kept = register(manifest(), rest, {*ids(0)})
+    assert [(file.ordinal, file.name) for file in kept] == [(0, "a.parquet"), (1, "c.parquet"), (2, "e")]
+    with pytest.raises(ConfigError, match=r"data\.path has no a\.parquet any more .*; restore the file"):
+        register(manifest(), rest, {*ids(0)[:-1], *ids(1)})

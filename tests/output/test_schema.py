@@ -1,0 +1,90 @@
+"""The schema of the results, and that every reader sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.output.schema import output_fields, results_schema
+
+COMMON = {
+    "row_id": "string",
+    "completion": "string",
+    "finish_reason": "string",
+    "error": "string",
+    "prompt_tokens": "int32",
+    "completion_tokens": "int32",
+    "cumulative_logprob": "double",
+}
+LABEL = COMMON | {
+    "label": "string",
+    "label_probs": "map<string, double>",
+    "label_logprob": "map<string, double>",
+    "margin": "double",
+    "entropy": "double",
+}
+INPUT = pa.schema(
+    [("id", pa.int64()), ("prompt", pa.string()), ("tags", pa.list_(pa.string()))],
+    metadata={"pandas": "{}", "huggingface": '{"info": {}}'},
+)
+
+
+@pytest.mark.parametrize(("task", "expected"), [("generate", COMMON), ("label", LABEL)])
+def test_the_columns_of_a_task(task: str, expected: dict[str, str]) -> None:
+    assert [(field.name, str(field.type)) for field in output_fields(task)] == [
+        (name, str(pa.map_(pa.string(), pa.float64())) if kind.startswith("map") else kind)
+        for name, kind in expected.items()
+    ]
+    assert all(field.nullable for field in output_fields(task))
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ConfigError, match="task must be one of generate, label, got rank"):
+        output_fields("rank")
+
+
+def test_input_columns_come_first_and_only_our_metadata_stays() -> None:
+    schema = results_schema(INPUT, None, "label", {"pipeline.run": "r1"})
+    assert schema.names == [*INPUT.names, *LABEL]
+    assert schema.metadata == {b"pipeline.run": b"r1"}
+    assert results_schema(INPUT, ["tags", "id"], "generate", {}).names == ["tags", "id", *COMMON]
+    assert results_schema(INPUT, [], "generate", {}).names == list(COMMON)
+
+
+def test_a_collision_names_the_columns_and_the_remedy() -> None:
+    taken = pa.schema([("id", pa.int64()), ("label", pa.string()), ("error", pa.string())])
+    with pytest.raises(ConfigError, match=r"columns label, error have .* set output\.columns to .*: \[id\]"):
+        results_schema(taken, None, "label", {})
+    assert results_schema(taken, ["id"], "label", {}).names == ["id", *LABEL]
+    assert results_schema(taken, ["id", "label"], "generate", {}).names == ["id", "label", *COMMON]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["id", "nope", "no"], r"output\.columns names nope, no, .* columns are id, prompt, tags"),
+        (["id", "id"], r"output\.columns must name each column once, got id, id"),
+    ],
+)
+def test_bad_output_columns_are_refused(columns: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        results_schema(INPUT, columns, "generate", {})
+
+
+def test_every_reader_sees_one_schema_and_the_same_values(tmp_path: Path) -> None:
+    schema = results_schema(INPUT, None, "label", {"pipeline.run": "r1"})
+    row = {"id": 1, "prompt": "p", "tags": ["a"], "row_id": "000000-000000000000", "label_probs": [("x", 0.25)]}
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "part-0.parquet")
+    pq.write_table(schema.empty_table(), tmp_path / "part-1.parquet")
+    assert ds.dataset(tmp_path).schema.equals(schema)
+    assert ds.dataset(tmp_path).to_table().to_pylist() == [dict.fromkeys(schema.names) | row]
+    assert list(pd.read_parquet(tmp_path).columns) == schema.names
+    query = f"select id, label_probs['x'], margin from read_parquet('{tmp_path}/*.parquet')"
+    assert duckdb.sql(query).fetchall() == [(1, 0.25, None)]
