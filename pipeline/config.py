@@ -39,7 +39,7 @@ FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SECRET = re.compile(r"(secret|token|password|passwd|credential|api_?key|access_?key)", re.IGNORECASE)
+SECRET = re.compile(r"secret|passw|credential|(^|_)(token|key|sas)$", re.IGNORECASE)
 
 
 def config_folder() -> Path:

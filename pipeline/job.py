@@ -19,7 +19,8 @@ from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
-from pipeline.output.sink import part_name
+from pipeline.output.sink import committed_parts
+from pipeline.prompts import RowTemplate
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ class OutputFolder:
         return self.root / "plan.json"
 
     def committed(self) -> set[str]:
-        """Ids of the chunks that have a Part; none where the folder does not exist yet."""
-        prefix, suffix = part_name("").removesuffix(".parquet"), ".parquet"
-        return {p.name.removeprefix(prefix).removesuffix(suffix) for p in self.results.glob(part_name("*"))}
+        """Ids of the chunks that have a Part."""
+        return committed_parts(self.results)
 
 
 class Job:
@@ -78,6 +78,7 @@ class Job:
         self.found: list[FoundFile] = list(self.source.find())
         self.input_schema: pa.Schema = self.source.schema()
         self._check_columns()
+        RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(self.input_schema, config.output.columns, config.task.kind, {})
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
         self.tokenizer = self._tokenizer_checkpoint()

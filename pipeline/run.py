@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline import fingerprint
 from pipeline.console import Console, RowProgress
 from pipeline.data.source import Chunk
-from pipeline.errors import ConfigError, Interrupted
+from pipeline.engine.plan import EnginePlan
+from pipeline.errors import Interrupted
 from pipeline.job import Job
 from pipeline.output.claims import Claims
 from pipeline.output.sink import Sink, part_name
@@ -74,6 +75,8 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     job.check_resolved(runtime.resolved())
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict())
     assert job.manifest is not None
+    if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
+        runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine)
     sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
     if not job.chunks:
         sink.commit_empty()
@@ -262,6 +265,7 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
 def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     """Totals over all Parts, of whichever process wrote them."""
     sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+    sink.sweep()
     totals = sink.totals(chunk.id for chunk in job.chunks)
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
@@ -275,7 +279,7 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     return summary
 
 
-def summary_lines(job: Job, summary: dict[str, Any] | Any) -> list[str]:
+def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
     """What the end of a run prints."""
     lines = [
         f"results    {job.output.results} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
@@ -349,6 +353,3 @@ def _count_engine(stats: RunStats, engine: Engine, runtime: Runtime) -> None:
     stats.prefill_s = counters.prefill_s
     stats.decode_s = counters.decode_s
     stats.peak_memory_bytes = peak_bytes(runtime.device)
-
-
-__all__ = ["ConfigError", "ExitCode", "run"]

@@ -94,7 +94,7 @@ class IntervalRecorder:
 
     def __init__(self, run_id: str, attempt: str) -> None:
         self.intervals: list[Interval] = []
-        self._ids = {"run_id": run_id, "attempt": attempt}
+        self._run_id, self._attempt = run_id, attempt
         self._since = time.perf_counter()
         self._before: dict[str, Any] = {}
         self._rows = 0
@@ -108,7 +108,8 @@ class IntervalRecorder:
         done = {key: value - self._before.get(key, 0) for key, value in current.items()}
         self.intervals.append(
             Interval(
-                **self._ids,
+                run_id=self._run_id,
+                attempt=self._attempt,
                 ended_at=datetime.now(UTC),
                 seconds=now - self._since,
                 rows=rows - self._rows,

@@ -88,10 +88,9 @@ def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-@pytest.fixture(autouse=True)
-def two_threads(request: pytest.FixtureRequest) -> None:
-    """Two threads, as in CI, wherever the tests run; only where torch is used anyway."""
-    if {"engine", "models", "quant", "kernels"} & set(request.path.parts):
-        import torch
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """These models are so small that two threads wait for each other longer than they compute."""
+    import torch
 
-        torch.set_num_threads(2)
+    torch.set_num_threads(1)

@@ -89,6 +89,7 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
     model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager"
     )
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]  # only a request's own stop tokens end it
     return model.eval()
 
 

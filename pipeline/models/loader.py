@@ -13,6 +13,7 @@ from pipeline.kernels.registry import Kernel
 from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
+from pipeline.models.head import Float32Head
 from pipeline.quant.bnb4bit import Bnb4bitLinear
 from pipeline.quant.spec import QuantSpec
 
@@ -46,6 +47,7 @@ def load_model(
         _place(model, name, weight, info, spec, kernel)
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     _finish(model, checkpoint, device)
+    _widen_head(model)
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device)
 
 
@@ -124,3 +126,11 @@ def _finish(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> N
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+def _widen_head(model: nn.Module) -> None:
+    """Logits in float32 whatever the model's dtype."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    path = next(name for name, module in model.named_modules() if module is head)
+    if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+        model.set_submodule(path, Float32Head(head))

@@ -146,7 +146,7 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
 
     `kv_cache` is what keys and values may take: what weights, one pass and dequantized weights leave.
     """
-    weights, dense = weight_bytes(place.checkpoint, place.spec, place.dtype)
+    weights, dense = weight_bytes(place.checkpoint, place.spec, place.dtype, place.device_type)
     tokens, logit_rows = largest_pass(engine, longest, place.device_type)
     passes = pass_bytes(place.geometry, tokens, logit_rows, place.dtype)
     rest = place.budget - weights - passes
@@ -172,7 +172,7 @@ def _cache_budget(settings: QuantSettings, dense: int, rest: int) -> int:
     return wanted
 
 
-def weight_bytes(checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype) -> tuple[int, int]:
+def weight_bytes(checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
     """Bytes of the weights once loaded, and those of the quantized Linears if they were dequantized."""
     total = dense = 0
     for info in checkpoint.tensors.values():
@@ -184,7 +184,15 @@ def weight_bytes(checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype) ->
             dense += count * dtype.itemsize
         else:
             total += count * dtype.itemsize
-    return total, dense
+    return total + _head_copy_bytes(checkpoint, dtype, device_type), dense
+
+
+def _head_copy_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device_type: str) -> int:
+    """The float32 copy of the output head (or of the embedding it is tied to) that a CPU keeps."""
+    if device_type != "cpu" or dtype.itemsize == 4:
+        return 0
+    heads = [i for i in checkpoint.tensors.values() if len(i.shape) == 2 and ("embed" in i.name or "head" in i.name)]
+    return max((math.prod(info.shape) * 4 for info in heads), default=0)
 
 
 def pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,15 @@ def part_name(chunk_id: str) -> str:
     return f"part-{chunk_id}.parquet"
 
 
+def committed_parts(results: Path) -> set[str]:
+    """The ids of the chunks that have a Part, from one listing; none where the folder is not there yet."""
+    if not results.is_dir():
+        return set()
+    with failing_run(results), os.scandir(results) as entries:
+        matches = [_PART.fullmatch(entry.name) for entry in entries]
+    return {match[1] for match in matches if match}
+
+
 class Sink:
     """Writes Parts of one schema.
 
@@ -48,10 +57,8 @@ class Sink:
         make_folder(work)
 
     def committed(self) -> set[str]:
-        """The ids of the chunks that have a Part, from one listing of `results`."""
-        with failing_run(self._results), os.scandir(self._results) as entries:
-            matches = [_PART.fullmatch(entry.name) for entry in entries]
-        return {match[1] for match in matches if match}
+        """The ids of the chunks that have a Part."""
+        return committed_parts(self._results)
 
     def commit(self, chunk: Chunk, table: pa.Table, counts: Mapping[str, int]) -> bool:
         """Publish the chunk's rows, with `counts` in the footer; False if the chunk had a Part already.
@@ -82,6 +89,11 @@ class Sink:
         for chunk_id in chunk_ids:
             totals.update(_read_counts(self._results / part_name(chunk_id)))
         return dict(totals)
+
+    def sweep(self) -> None:
+        """Remove what killed attempts left in `work`; for when no chunk is left to do."""
+        for path in self._work.glob("part-*.tmp"):
+            discard(path)
 
     def _write(self, path: Path, table: pa.Table, counts: Mapping[str, int]) -> None:
         # A Python file, not a path: its OSError keeps the errno, and what is synced is what was written.

@@ -39,8 +39,8 @@ def mixed_requests(per_length: int, seed: int = 0) -> list[Request]:
     requests: list[Request] = []
     for number, length in enumerate(LENGTHS):
         new_tokens = rng.choice([1, 2, 5, 24, 40]) if length < 500 else 60
-        # a fifth of the vocabulary stops: answers end anywhere within the steps between two read-backs
-        stop = tuple(range(2, 100)) if number % 3 else ()
+        # a tenth of the vocabulary stops: answers end anywhere within the steps between two read-backs
+        stop = tuple(range(2, 54)) if number % 3 else ()
         for _ in range(per_length):
             requests.append(greedy(len(requests), random_prompt(rng, length), new_tokens, *stop))
     return requests
@@ -97,7 +97,7 @@ def test_the_rows_are_worth_comparing(llama_rows: tuple[Any, ...]) -> None:
     tokens = Counter(t for answer in expected.values() for t in answer.token_ids)
     total = sum(tokens.values())
     assert len(tokens) > 200
-    assert tokens.most_common(1)[0][1] < 0.05 * total
+    assert tokens.most_common(1)[0][1] < 0.1 * total
     long_answers = [a.token_ids for a in expected.values() if len(a.token_ids) >= 20]
     assert sum(len(set(a)) >= 10 for a in long_answers) > 0.8 * len(long_answers)
     stopped = [len(a.token_ids) for a in expected.values() if a.finish_reason is FinishReason.STOP]
