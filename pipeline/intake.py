@@ -33,11 +33,11 @@ class PreparedChunk:
 class Preparation:
     """Turns a chunk's rows into requests."""
 
-    def __init__(self, prompts: PromptBuilder, task: Task, too_long: Callable[[Request], str | None]) -> None:
-        """`too_long` says why a request fits no static shape, or None."""
+    def __init__(self, prompts: PromptBuilder, task: Task, unfit: Callable[[Request], str | None]) -> None:
+        """`unfit` says why the engine cannot take a request, or None."""
         self._prompts = prompts
         self._task = task
-        self._too_long = too_long
+        self._unfit = unfit
         self._columns = list(dict.fromkeys([*prompts.columns, *task.columns]))
 
     def prepare(self, chunk: Chunk, table: pa.Table) -> PreparedChunk:
@@ -62,7 +62,7 @@ class Preparation:
             request = self._task.request(request_id, prompt.token_ids, row)
         except ValueError as error:
             return _error(request_id, len(prompt.token_ids), str(error))
-        reason = self._too_long(request)
+        reason = self._unfit(request)
         return request if reason is None else _error(request_id, len(prompt.token_ids), reason)
 
 

@@ -136,6 +136,11 @@ def load_engine(job: Job, runtime: Runtime, console: Console, stopping: Stopping
     model, engine = runtime.load(job.config.model.trust_remote_code, watched)
     stats.load_s = time.perf_counter() - loading_started
     linears = [linear for _, linear in model.quant_linears()]
+    if model.unused_tensors:
+        console.note(
+            f"{job.checkpoint.name}: {len(model.unused_tensors)} tensors have no place in the model and are not used "
+            f"({model.unused_tensors[0]}, ...)"
+        )
     stats.weight_bytes = model.weight_bytes()
     stats.quantized_bytes = sum(linear.stored_bytes for linear in linears)
     stats.dequantized_bytes = sum(linear.cached_bytes for linear in linears)
@@ -215,10 +220,10 @@ class Shift:
         return len(completions)
 
     def _preparation(self) -> Preparation:
-        from pipeline.engine.engine import too_long
+        from pipeline.engine.engine import unfit
         from pipeline.intake import Preparation
 
-        return Preparation(self.prompts, self.task, lambda request: too_long(request, self.engine.plan))
+        return Preparation(self.prompts, self.task, lambda request: unfit(request, self.engine.plan))
 
     def _claim(self, chunk: Chunk) -> bool:
         """Take a chunk unless somebody has it or, since the listing, has committed it."""

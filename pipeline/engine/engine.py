@@ -75,8 +75,8 @@ class Engine:
         return len(self._scoring) + sum(len(q) for q in self._waiting.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises ValueError if it fits no shape (`too_long` tells beforehand)."""
-        reason = too_long(request, self.plan)
+        """Queue a request; raises ValueError if it fits no shape (`unfit` tells beforehand)."""
+        reason = unfit(request, self.plan)
         if reason is not None:
             raise ValueError(f"request {request.id}: {reason}")
         if request.candidates:
@@ -184,10 +184,13 @@ class Engine:
         self.counters.prefill_s += time.perf_counter() - started
 
 
-def too_long(request: Request, plan: EnginePlan) -> str | None:
-    """Why the request fits no static shape, or None if it does."""
+def unfit(request: Request, plan: EnginePlan) -> str | None:
+    """Why the engine cannot take the request (too long, unknown tokens), or None if it can."""
     if not request.prompt_ids:
         return "the prompt has no tokens"
+    largest = max(map(max, (request.prompt_ids, *request.candidates)))
+    if largest >= plan.vocab:
+        return f"the tokenizer gives token {largest}, but the model knows {plan.vocab} tokens"
     answer = max((len(c) for c in request.candidates), default=1)
     if len(request.prompt_ids) + answer > plan.max_len:
         what = "its longest label" if request.candidates else "an answer"

@@ -74,6 +74,7 @@ class EnginePlan:
     logit_rows: tuple[int, ...]
     shared_tokens: int
     shared_logit_rows: int
+    vocab: int
     ladder: bool
     kv_bytes: int
 
@@ -159,6 +160,7 @@ def plan_engine(
         logit_rows=_shapes(shared_logit_rows, largest, ladder),
         shared_tokens=shared_tokens,
         shared_logit_rows=shared_logit_rows,
+        vocab=geometry.vocab,
         ladder=ladder,
         kv_bytes=_total_bytes(classes, token_bytes),
     )

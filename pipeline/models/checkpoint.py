@@ -113,7 +113,7 @@ def _from_hub(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"model.path={path} is no folder here and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); check the id and revision={revision}, or download it where there is a network "
+            f"({type(error).__name__}); check model.path and model.revision, or download it where there is a network "
             f"(`hf download {path}`) and name its folder"
         ) from error
 

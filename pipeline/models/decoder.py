@@ -14,8 +14,12 @@ from pipeline.quant.linear import QuantLinear
 class TransformersDecoder:
     """Runs flat passes of T tokens, all rows of a pass in one sequence; attention knows the rows."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, unused_tensors: tuple[str, ...] = ()
+    ) -> None:
+        """`unused_tensors` are those of the checkpoint that the model has no place for."""
         self.model = model
+        self.unused_tensors = unused_tensors
         self.dtype = dtype
         self.device = device
 

@@ -20,6 +20,8 @@ from pipeline.quant.spec import QuantSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Buffers that old checkpoints carry and models compute themselves."""
 Progress = Callable[[Iterable[TensorInfo]], Iterable[TensorInfo]]
 
 
@@ -48,7 +50,8 @@ def load_model(
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     _finish(model, checkpoint, device)
     _widen_head(model)
-    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device)
+    unused = tuple(sorted(name for name in unknown if not name.endswith(RECOMPUTED)))
+    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
 
 
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
