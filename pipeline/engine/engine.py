@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core import Completion, FinishReason, Request
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import DecoderModel, candidate_logprobs, logit_rows, pack, pass_tokens, take_pass
+from pipeline.engine.packing import DecoderModel, candidate_logprobs, logit_rows, pack, pass_tokens, reach, take_pass
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.engine.sampler import Sampled, SamplerRows, sample
 from pipeline.engine.slots import Seat, SlotBatch
@@ -82,7 +82,7 @@ class Engine:
         if request.candidates:
             self._scoring.append(request)
             return
-        wanted = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.plan.max_len)
+        wanted = reach(request, self.plan)
         self._waiting[next(c for c in self.plan.length_classes if c.max_len >= wanted)].append(request)
 
     def cancel(self, request_id: Hashable) -> None:
@@ -139,7 +139,7 @@ class Engine:
         requests = take_pass(self._waiting[length_class], self.plan, batch.free)
         slots = batch.reserve(len(requests))
         packed = pack(requests, self.plan, self._device, batch.cache, slots)
-        seats = [Seat.of(request, batch.max_len) for request in requests]
+        seats = [Seat.of(request, self.plan) for request in requests]
         first = self._first_tokens(packed.run(self._model), seats)
         count = len(seats)
         batch.seat(slots, seats, first.tokens_B[:count])

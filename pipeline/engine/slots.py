@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.core import FinishReason, Request, SamplingParams
 from pipeline.engine.attention import SlotDecode
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import DecoderModel
+from pipeline.engine.packing import DecoderModel, reach
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.engine.sampler import Sampled, SamplerRows, prompt_key, sample
 
@@ -32,11 +32,9 @@ class Seat:
     finish: FinishReason | None = None
 
     @classmethod
-    def of(cls, request: Request, max_len: int) -> Seat:
+    def of(cls, request: Request, plan: EnginePlan) -> Seat:
         """A seat for a fresh row; its answer ends where the longest row would."""
-        room = max_len - len(request.prompt_ids)
-        limit = min(request.sampling.max_new_tokens, room)
-        return cls(request, limit, prompt_key(request.prompt_ids))
+        return cls(request, reach(request, plan) - len(request.prompt_ids), prompt_key(request.prompt_ids))
 
     def accept(self, token: int, logprob: float, finite: bool) -> None:
         """Take the next token, unless the row has ended; the stop token itself is not part of the answer."""
@@ -68,6 +66,7 @@ class SlotBatch:
         self._token_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
         self._position_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
         self._step_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
+        self._reach_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
 
     @property
     def free(self) -> int:
@@ -85,6 +84,7 @@ class SlotBatch:
         self._token_B[index] = first_B
         self._position_B[index] = lengths
         self._step_B[index] = 1
+        self._reach_B[index] = torch.tensor([len(s.request.prompt_ids) + s.limit for s in seats], device=self.device)
         self.seats.update(zip(slots, seats, strict=True))
         self._rows = None
 
@@ -105,7 +105,7 @@ class SlotBatch:
         slots_B = torch.arange(slots, device=self.device)
         sampled = []
         for step in range(steps):
-            attention = SlotDecode(self.cache, slots_B, self._position_B[:slots].clone())
+            attention = SlotDecode(self.cache, slots_B, self._position_B[:slots].clone(), self._reach_B[:slots])
             logits_BV = model.logits(self._token_B[:slots], attention.positions_B, attention, None)
             sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step]))
             self._advance(slots, sampled[-1].tokens_B)

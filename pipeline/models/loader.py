@@ -14,6 +14,7 @@ from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head
+from pipeline.models.rope import install_row_rope
 from pipeline.quant.bnb4bit import Bnb4bitLinear
 from pipeline.quant.spec import QuantSpec
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Buffers that old checkpoints carry and models compute themselves."""
+RENAMED = {"embed_out.": "lm_head."}
+"""Names that checkpoints use and transformers' models do not any more (GPT-NeoX)."""
 Progress = Callable[[Iterable[TensorInfo]], Iterable[TensorInfo]]
 
 
@@ -48,6 +51,7 @@ def load_model(
         weight = _read(info).to(device=device, dtype=dtype)
         _place(model, name, weight, info, spec, kernel)
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
+    install_row_rope(model, config)
     _finish(model, checkpoint, device)
     _widen_head(model)
     unused = tuple(sorted(name for name in unknown if not name.endswith(RECOMPUTED)))
@@ -68,17 +72,20 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: b
 
 
 def _in_order(checkpoint: Checkpoint, model: nn.Module, progress: Progress) -> Iterable[tuple[TensorInfo, str]]:
-    """Biases before weights (a quantized Linear is built from both), with the parameter each tensor fills."""
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    """Biases before weights (a quantized Linear is built from both), with the parameter or buffer each fills."""
+    wanted = set(model.state_dict()) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
     infos = sorted(checkpoint.tensors.values(), key=lambda i: (i.name.endswith(".weight"), str(i.file), i.name))
     for info in progress(infos):
-        name = _parameter_name(info.name, wanted, model)
+        name = _place_name(info.name, wanted, model)
         if name is not None:
             yield info, name
 
 
-def _parameter_name(name: str, wanted: dict[str, nn.Parameter], model: nn.Module) -> str | None:
-    """The parameter that a tensor fills, or None for one the model does not have (old RoPE buffers, say)."""
+def _place_name(name: str, wanted: set[str], model: nn.Module) -> str | None:
+    """What a tensor fills, or None for one the model has no place for (old RoPE buffers, say)."""
+    for old, new in RENAMED.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
     prefixed = f"{getattr(model, 'base_model_prefix', 'model')}.{name}"
     return next((candidate for candidate in (name, prefixed) if candidate in wanted), None)
 
@@ -110,6 +117,8 @@ def _place(
         bias = getattr(module, "bias", None)
         linear = Bnb4bitLinear.quantize(weight, None if bias is None else bias.data, spec, kernel)
         model.set_submodule(path, linear)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = weight
     else:
         module.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
 
