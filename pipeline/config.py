@@ -227,14 +227,41 @@ def _labels(labels: Any) -> Mapping[str, str] | str:
 
 
 def _sampling(values: Mapping[str, Any]) -> SamplingSettings:
-    values = {**values, "stop_token_ids": tuple(values["stop_token_ids"])}
-    settings = SamplingSettings(**values)
-    known = {k: v for k, v in values.items() if v is not None}
+    settings = SamplingSettings(
+        **{
+            **values,
+            "stop_token_ids": tuple(values["stop_token_ids"]),
+            "stop": tuple(values["stop"]),
+            "logprobs": _logprobs(values["logprobs"]),
+            "columns": _sampling_columns(values["columns"]),
+        }
+    )
+    fixed = {f.name: getattr(settings, f.name) for f in fields(SamplingParams)}
     try:
-        SamplingParams(**known)
+        SamplingParams(**{key: value for key, value in fixed.items() if value is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return settings
+
+
+def _logprobs(value: Any) -> int | None:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 0
+    if not isinstance(value, int):
+        raise ConfigError(f"sampling.logprobs must be false, true or a count, got {value}")
+    return value
+
+
+def _sampling_columns(columns: Any) -> Mapping[str, str]:
+    known = [f.name for f in fields(SamplingParams)]
+    if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
+        raise ConfigError(f"sampling.columns must be a map of parameter to column, got {columns}")
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise ConfigError(f"sampling.columns names {unknown[0]}, which is no parameter; there are {', '.join(known)}")
+    return columns
 
 
 def _engine(values: Mapping[str, Any]) -> EngineSettings:

@@ -93,8 +93,14 @@ class SamplingSchema:
     temperature: float | None = doc(0.0, "0 is greedy; null is what the checkpoint says")
     top_k: int | None = doc(0, "draw among the k likeliest; 0 is off, null is what the checkpoint says")
     top_p: float | None = doc(1.0, "draw among the likeliest that reach this probability; 1 is off, null as above")
+    min_p: float | None = doc(0.0, "drop tokens less likely than this share of the likeliest; 0 is off, null as above")
+    repetition_penalty: float | None = doc(1.0, "divide the logits of seen tokens by this; 1 is off, null as above")
+    stop: list[str] = doc([], "texts that end an answer and are not part of it")
     stop_token_ids: list[int] = doc([], "tokens that end an answer, besides the checkpoint's own")
     seed: int = doc(0, "seed of the draws")
+    n: int = doc(1, "answers for each row; more than one give a column choices")
+    logprobs: Any = doc(False, "columns token_ids and logprobs: false, true, or how many alternatives at every step")
+    columns: Any = doc({}, "map of parameter to the column that holds it for each row")
 
 
 @dataclass

@@ -79,7 +79,9 @@ class Job:
         self.input_schema: pa.Schema = self.source.schema()
         self._check_columns()
         RowTemplate(config.task.prompt, self.input_schema.names)
-        self.schema: pa.Schema = results_schema(self.input_schema, config.output.columns, config.task.kind, {})
+        self.schema: pa.Schema = results_schema(
+            self.input_schema, config.output.columns, config.task.kind, {}, self._on_request()
+        )
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
@@ -177,9 +179,13 @@ class Job:
         name = self.config.model.tokenizer
         return self.checkpoint if name is None else open_checkpoint(name)
 
+    def _on_request(self) -> tuple[str, ...]:
+        return self.config.sampling.on_request if self.config.task.kind == "generate" else ()
+
     def _check_columns(self) -> None:
         task = self.config.task
-        names = {"task.truth": task.truth, "task.labels": task.labels if isinstance(task.labels, str) else None}
+        names: dict[str, str | None] = {f"sampling.columns.{k}": v for k, v in self.config.sampling.columns.items()}
+        names |= {"task.truth": task.truth, "task.labels": task.labels if isinstance(task.labels, str) else None}
         for key, name in names.items():
             if name is not None and name not in self.input_schema.names:
                 raise ConfigError(

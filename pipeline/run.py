@@ -94,7 +94,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         versions=fingerprint.versions(),
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
-    engine = load_engine(job, runtime, console, stopping, stats)
+    engine = load_engine(job, runtime, tokenizer, console, stopping, stats)
     try:
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
@@ -120,10 +120,14 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     if config.task.kind == "label":
         stop = job.checkpoint.stop_token_ids
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
-    return prompts, GenerateTask(sampling_params(config.sampling, job.checkpoint), tokenizer.decode)
+    return prompts, GenerateTask(
+        sampling_params(config.sampling, job.checkpoint), tokenizer.decode, config.sampling.columns
+    )
 
 
-def load_engine(job: Job, runtime: Runtime, console: Console, stopping: Stopping, stats: RunStats) -> Engine:
+def load_engine(
+    job: Job, runtime: Runtime, tokenizer: Tokenizer, console: Console, stopping: Stopping, stats: RunStats
+) -> Engine:
     """Weights to the device; a signal ends the loading at once."""
     loading_started = time.perf_counter()
 
@@ -133,7 +137,7 @@ def load_engine(job: Job, runtime: Runtime, console: Console, stopping: Stopping
                 raise Interrupted("stopped while loading")
             yield item
 
-    model, engine = runtime.load(job.config.model.trust_remote_code, watched)
+    model, engine = runtime.load(job.config.model.trust_remote_code, watched, lambda ids: tokenizer.decode([ids])[0])
     stats.load_s = time.perf_counter() - loading_started
     linears = [linear for _, linear in model.quant_linears()]
     if model.unused_tensors:

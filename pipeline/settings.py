@@ -61,14 +61,29 @@ class TaskSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """The `sampling` group; None is what the checkpoint's generation_config.json says."""
+    """The `sampling` group; None is what the checkpoint's generation_config.json says.
+
+    `columns` maps a parameter to the column that holds it for each row. `logprobs` None is off here too.
+    """
 
     max_new_tokens: int = 128
     temperature: float | None = 0.0
     top_k: int | None = 0
     top_p: float | None = 1.0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def on_request(self) -> tuple[str, ...]:
+        """The output columns that these settings ask for."""
+        names = ("token_ids", "logprobs") if self.logprobs is not None or "logprobs" in self.columns else ()
+        return (*names, "choices") if self.n > 1 or "n" in self.columns else names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

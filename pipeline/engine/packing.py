@@ -14,6 +14,7 @@ from pipeline.core import Request
 from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan, TrieMask
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan
+from pipeline.engine.seat import reach
 from pipeline.engine.trie import PROMPT_END, CandidateTrie, build_trie
 
 
@@ -37,19 +38,18 @@ def logit_rows(request: Request) -> int:
     return 1 + (len(build_trie(request.candidates).tokens) if request.candidates else 0)
 
 
-def reach(request: Request, plan: EnginePlan) -> int:
-    """The longest the row can become, in tokens."""
-    answer = max((len(c) for c in request.candidates), default=request.sampling.max_new_tokens)
-    return min(len(request.prompt_ids) + answer, plan.max_len)
+Work = tuple[Request, int]
+"""A request and which of its answers."""
 
 
-def take_pass(waiting: deque[Request], plan: EnginePlan, most: int) -> list[Request]:
-    """Remove from the queue, in order, the requests of the next pass: one too large to share goes alone."""
-    taken: list[Request] = []
+def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
+    """Remove from the queue, in order, the work of the next pass: a request too large to share goes alone."""
+    taken: list[Work] = []
     tokens = rows = 0
     while waiting and len(taken) < most:
-        tokens += pass_tokens(waiting[0])
-        rows += logit_rows(waiting[0])
+        request = waiting[0][0]
+        tokens += pass_tokens(request)
+        rows += logit_rows(request)
         if taken and (tokens > plan.shared_tokens or rows > plan.shared_logit_rows):
             break
         taken.append(waiting.popleft())

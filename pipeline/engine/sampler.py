@@ -116,9 +116,7 @@ class Sampled:
     top_logprobs_BK: Tensor | None = None
 
 
-def sample(
-    logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor | None, seen_BV: Tensor | None = None
-) -> Sampled:
+def sample(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor | None, seen_BV: Tensor | None = None) -> Sampled:
     """Choose a token for each row: the largest logit at temperature 0, else a draw by `uniforms_B`.
 
     `logits_BV` is float32; `seen_BV` marks the tokens of prompt and answer so far and is needed where a

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pipeline.engine.engine import Engine
+    from pipeline.engine.seat import Decode
     from pipeline.models.decoder import TransformersDecoder
     from pipeline.models.loader import Progress
 
@@ -71,8 +72,8 @@ class Runtime:
             f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.kernel else "")
         )
 
-    def load(self, trust_remote_code: bool, progress: Progress) -> tuple[TransformersDecoder, Engine]:
-        """Read the weights and make the engine; raises ConfigError on a bad checkpoint."""
+    def load(self, trust_remote_code: bool, progress: Progress, decode: Decode) -> tuple[TransformersDecoder, Engine]:
+        """Read the weights and make the engine, which finds stop texts by `decode`; ConfigError on a bad checkpoint."""
         from pipeline.engine.engine import Engine
         from pipeline.engine.kv_cache import KVCache
         from pipeline.models.loader import load_model
@@ -89,7 +90,9 @@ class Runtime:
             progress=progress,
         )
         model.cache_dequantized(self.memory.dequant_cache)
-        engine = Engine(model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device)
+        engine = Engine(
+            model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device, decode
+        )
         return model, engine
 
 

@@ -31,16 +31,43 @@ _BY_TASK = {
     ),
 }
 
+_LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float64())])
+_LOGPROBS = pa.list_(pa.struct([*_LOGPROB, pa.field("top", pa.list_(_LOGPROB))]))
+_ON_REQUEST = {
+    "token_ids": pa.list_(pa.int32()),
+    "logprobs": _LOGPROBS,
+    "choices": pa.list_(
+        pa.struct(
+            [
+                ("completion", pa.string()),
+                ("finish_reason", pa.string()),
+                ("completion_tokens", pa.int32()),
+                ("cumulative_logprob", pa.float64()),
+                ("token_ids", pa.list_(pa.int32())),
+                ("logprobs", _LOGPROBS),
+            ]
+        )
+    ),
+}
 
-def output_fields(task: str) -> list[pa.Field]:
-    """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task."""
+
+def output_fields(task: str, on_request: Sequence[str] = ()) -> list[pa.Field]:
+    """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task.
+
+    `on_request` names those that are there only if asked for: token_ids, logprobs, choices.
+    """
     if task not in _BY_TASK:
         raise ConfigError(f"task must be one of {', '.join(_BY_TASK)}, got {task}")
-    return [pa.field(name, kind) for name, kind in (*_COMMON, *_BY_TASK[task])]
+    extra = [(name, _ON_REQUEST[name]) for name in on_request]
+    return [pa.field(name, kind) for name, kind in (*_COMMON, *_BY_TASK[task], *extra)]
 
 
 def results_schema(
-    input_schema: pa.Schema, input_columns: Sequence[str] | None, task: str, metadata: Mapping[str, str]
+    input_schema: pa.Schema,
+    input_columns: Sequence[str] | None,
+    task: str,
+    metadata: Mapping[str, str],
+    on_request: Sequence[str] = (),
 ) -> pa.Schema:
     """The schema of `results/`: `input_columns` (None is all of them) in their order, then the task's.
 
@@ -49,7 +76,7 @@ def results_schema(
     the name of an output column.
     """
     kept = input_schema.names if input_columns is None else list(input_columns)
-    added = output_fields(task)
+    added = output_fields(task, on_request)
     _require_known(kept, input_schema.names)
     _require_free(kept, [field.name for field in added])
     fields = [input_schema.field(name) for name in kept] + added
