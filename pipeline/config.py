@@ -155,18 +155,20 @@ def _model(values: Mapping[str, Any]) -> ModelSettings:
 
 
 def _quant(values: Mapping[str, Any]) -> QuantSettings:
-    if values["method"] != "bnb":
-        return QuantSettings(method=values["method"])
-    _one_of("quant.kernel", values["kernel"], KERNELS)
-    cache = values["dequant_cache"]
-    off = cache in ("off", False)
-    return QuantSettings(
-        method="bnb",
-        kernel=values["kernel"],
-        double_quant=values["double_quant"],
-        skip_modules=tuple(values["skip_modules"]),
-        dequant_cache_gib=0.0 if off else _auto_number("quant.dequant_cache", cache, float, "auto, off or GiB"),
-    )
+    """The keys that the chosen method has; what it lacks keeps the default."""
+    known: dict[str, Any] = {"method": values["method"]}
+    if "kernel" in values:
+        _one_of("quant.kernel", values["kernel"], KERNELS)
+        cache = values["dequant_cache"]
+        known["kernel"] = values["kernel"]
+        known["dequant_cache_gib"] = (
+            0.0 if cache in ("off", False) else _auto_number("quant.dequant_cache", cache, float, "auto, off or GiB")
+        )
+    if "skip_modules" in values:
+        known["skip_modules"] = tuple(values["skip_modules"])
+    if "int8_threshold" in values:
+        known["int8_threshold"] = _between("quant.int8_threshold", values["int8_threshold"], 0, 1e4)
+    return QuantSettings(**known, **{k: values[k] for k in ("double_quant",) if k in values})
 
 
 def _data(values: Mapping[str, Any]) -> DataSettings:

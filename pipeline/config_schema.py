@@ -40,12 +40,23 @@ class QuantSchema:
 
 
 @dataclass
-class QuantBnbSchema(QuantSchema):
-    method: str = "bnb"
+class QuantKernelSchema(QuantSchema):
     kernel: str = doc("auto", f"what runs the quantized weights: {', '.join(KERNELS)}")
+    dequant_cache: Any = doc("auto", "GiB for weights kept dequantized (faster, same bits), off, or auto: what is left")
+
+
+@dataclass
+class QuantBnbSchema(QuantKernelSchema):
+    method: str = "bnb"
     double_quant: bool = doc(True, "quantize the block maxima as well (0.4 bits a weight less)")
     skip_modules: list[str] = doc([], "module names or paths that stay unquantized (the output head always does)")
-    dequant_cache: Any = doc("auto", "GiB for weights kept dequantized (faster, same bits), off, or auto: what is left")
+
+
+@dataclass
+class QuantInt8Schema(QuantKernelSchema):
+    method: str = "bnb-int8"
+    int8_threshold: float = doc(6.0, "activations this large are not quantized; 0: all are, and rows are independent")
+    skip_modules: list[str] = doc([], "module names or paths that stay unquantized (the output head always does)")
 
 
 @dataclass
@@ -138,7 +149,7 @@ class RootSchema:
 
 GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "model": {"base": ModelSchema},
-    "quant": {"base": QuantSchema, "bnb": QuantBnbSchema},
+    "quant": {"base": QuantSchema, "auto": QuantKernelSchema, "bnb": QuantBnbSchema, "bnb-int8": QuantInt8Schema},
     "data": {"parquet": DataParquetSchema},
     "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema},
     "sampling": {"base": SamplingSchema},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -131,8 +131,8 @@ def load_engine(
     """Weights to the device; a signal ends the loading at once."""
     loading_started = time.perf_counter()
 
-    def watched(items: Iterable[Any]) -> Iterator[Any]:
-        for item in console.loading(items, len(job.checkpoint.tensors)):
+    def watched(items: Sequence[Any]) -> Iterator[Any]:
+        for item in console.loading(items):
             if stopping():
                 raise Interrupted("stopped while loading")
             yield item

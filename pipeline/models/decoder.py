@@ -50,7 +50,7 @@ class TransformersDecoder:
     def cache_dequantized(self, budget_bytes: int) -> int:
         """Keep dequantized weights, layer after layer, while they fit the budget; returns the bytes taken."""
         taken = 0
-        for _, linear in self.quant_linears():
+        for linear in (linear for _, linear in self.quant_linears() if linear.cacheable):
             if taken + linear.dense_bytes > budget_bytes:
                 break
             linear.cache_weight()
