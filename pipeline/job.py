@@ -73,7 +73,7 @@ class Job:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.output = OutputFolder(Path(config.output.dir))
+        self.output = OutputFolder(Path(config.output.dir).expanduser())
         self.source: Source = open_source(config.data)
         self.found: list[FoundFile] = list(self.source.find())
         self.input_schema: pa.Schema = self.source.schema()
@@ -86,8 +86,14 @@ class Job:
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
         self.manifest: RunManifest | None = None
+        answered = bool(self.output.committed())  # looked at first: whoever commits has made run.json before
         if self.output.run_json.exists():
             self._adopt(manifests.load(self.output.run_json))
+        elif answered:
+            raise ConfigError(
+                f"output.dir {self.output.root} has results but no run.json to say what they were made with; "
+                "restore run.json, or use another output.dir"
+            )
 
     @cached_property
     def files(self) -> tuple[SourceFile, ...]:
@@ -119,6 +125,10 @@ class Job:
         first = len(self.chunks) * self.config.shard.index // self.config.shard.count
         ordered = self.chunks[first:] + self.chunks[:first]
         return [chunk for chunk in ordered if chunk.id not in committed]
+
+    def is_answered(self) -> bool:
+        """Whether every row has its answer; a dataset without rows, when it has its empty Part."""
+        return self.manifest is not None and not self.pending() and bool(self.chunks or self.output.committed())
 
     def fresh_manifest(self, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> RunManifest:
         """The manifest of a first run."""

@@ -72,7 +72,7 @@ class SlotBatch:
         self._read_back([first], range(len(seats)), slots)
 
     def release(self, slot: int) -> None:
-        """Free a slot."""
+        """Free a slot, which goes on being decoded along with the others until its next row."""
         del self.seats[slot]
         heapq.heappush(self._free, slot)
         self._rows = None
@@ -96,6 +96,8 @@ class SlotBatch:
             self._advance(slots, sampled[-1].tokens_B)
         taken = sorted(self.seats)
         self._read_back(sampled, taken, taken)
+        finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
+        self._not_finite.update(slot for slot, finite in enumerate(finite_B) if not finite)
         return steps, slots
 
     def _advance(self, slots: int, tokens_B: Tensor) -> None:
