@@ -78,9 +78,11 @@ class TaskSchema:
     kind: str = MISSING
     prompt: str | None = doc(None, "Jinja template over the row's columns (sandboxed); {{ prompt }} if null")
     prompt_file: str | None = doc(None, "file that holds the template, in place of task.prompt")
+    messages: str | None = doc(None, "column with conversations (lists of role and content), in place of task.prompt")
     system: str | None = doc(None, "system message (chat models)")
     chat: Any = doc("auto", "use the tokenizer's chat template: auto (if it has one), true, false")
     chat_args: Any = doc({}, "map of further variables of the chat template")
+    too_long: str = doc("error", "a prompt without room: error, truncate_left, truncate_right (of the row's own text)")
 
 
 @dataclass

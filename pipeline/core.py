@@ -52,6 +52,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < infinite, "above 0; 1 is off"),
             ("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
+            ("stop_token_ids", min(self.stop_token_ids, default=0) >= 0, "0 or more"),
             ("stop", all(self.stop), "texts of at least one character"),
             ("n", self.n >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"at most {MOST_LOGPROBS}"),

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from pipeline import __version__, fingerprint
 from pipeline.data.open import open_source
@@ -20,11 +22,8 @@ from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import committed_parts
-from pipeline.prompts import RowTemplate
 from pipeline.settings import RunConfig
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from pipeline.template import RowTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,8 @@ class Job:
         self.found: list[FoundFile] = list(self.source.find())
         self.input_schema: pa.Schema = self.source.schema()
         self._check_columns()
-        RowTemplate(config.task.prompt, self.input_schema.names)
+        if config.task.messages is None:
+            RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(
             self.input_schema, config.output.columns, config.task.kind, {}, self._on_request()
         )
@@ -195,12 +195,18 @@ class Job:
     def _check_columns(self) -> None:
         task = self.config.task
         names: dict[str, str | None] = {f"sampling.columns.{k}": v for k, v in self.config.sampling.columns.items()}
-        names |= {"task.truth": task.truth, "task.labels": task.labels if isinstance(task.labels, str) else None}
+        names |= {
+            "task.truth": task.truth,
+            "task.messages": task.messages,
+            "task.labels": task.labels if isinstance(task.labels, str) else None,
+        }
         for key, name in names.items():
             if name is not None and name not in self.input_schema.names:
                 raise ConfigError(
                     f"{key}={name} is no column; the columns are {', '.join(self.input_schema.names) or 'none'}"
                 )
+        if task.truth is not None and pa.types.is_nested(self.input_schema.field(task.truth).type):
+            raise ConfigError(f"task.truth={task.truth} is a column of lists or structs; name one of plain values")
         kept = self.config.output.columns
         if task.truth is not None and kept is not None and task.truth not in kept:
             raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")

@@ -121,7 +121,10 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
         stop = job.checkpoint.stop_token_ids
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
     return prompts, GenerateTask(
-        sampling_params(config.sampling, job.checkpoint), tokenizer.decode, config.sampling.columns
+        sampling_params(config.sampling, job.checkpoint),
+        tokenizer.decode,
+        config.sampling.columns,
+        config.sampling.on_request,
     )
 
 
@@ -227,7 +230,8 @@ class Shift:
         from pipeline.engine.engine import unfit
         from pipeline.intake import Preparation
 
-        return Preparation(self.prompts, self.task, lambda request: unfit(request, self.engine.plan))
+        plan = self.engine.plan
+        return Preparation(self.prompts, self.task, lambda request: unfit(request, plan), plan.max_len)
 
     def _claim(self, chunk: Chunk) -> bool:
         """Take a chunk unless somebody has it or, since the listing, has committed it."""
@@ -258,7 +262,8 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
         return ExitCode.NOT_DONE
     assert job.manifest is not None
     summary = job.manifest.summary
-    if summary is None or summary.get("chunks") != len(job.chunks):
+    truth = (summary or {}).get("accuracy", {}).get("column")
+    if summary is None or summary.get("chunks") != len(job.chunks) or truth != job.config.task.truth:
         summary = summarize(job, claims)
     for line in summary_lines(job, summary):
         console.result(line)

@@ -41,17 +41,20 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSettings:
-    """The `task` group; `kind` is the choice (generate, label). `prompt` is the template's text.
+    """The `task` group; `kind` is the choice (generate, label).
 
-    `labels` maps each label's name to its verbalizer (the text that stands for it), or is the name of
-    a column that holds each row's list of labels. `label_eos` None is auto.
+    `prompt` is the template's text; it is not used with `messages`, a column of conversations. `labels`
+    maps each label's name to its verbalizer (the text that stands for it), or is the name of a column
+    that holds each row's list of labels. `label_eos` None is auto.
     """
 
     kind: str
     prompt: str
     system: str | None = None
+    messages: str | None = None
     chat: bool | None = None
     chat_args: Mapping[str, Any] = field(default_factory=dict)
+    too_long: str = "error"
     labels: Mapping[str, str] | str | None = None
     label_separator: str | None = None
     label_eos: bool | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from pipeline.core import Completion, Request, SamplingParams
@@ -18,10 +17,17 @@ class GenerateTask:
     kind = "generate"
 
     def __init__(
-        self, sampling: SamplingParams, decode: Decode, sampling_columns: Mapping[str, str] | None = None
+        self,
+        sampling: SamplingParams,
+        decode: Decode,
+        sampling_columns: Mapping[str, str] | None = None,
+        on_request: Sequence[str] = (),
     ) -> None:
+        """`on_request` are the output columns that are there only if asked for."""
+        self._on_request = on_request
         self._sampling = sampling
         self._decode = decode
+        self.answer_tokens = sampling.max_new_tokens
         self._sampling_columns = sampling_columns or {}
         self.columns: tuple[str, ...] = tuple(self._sampling_columns.values())
 
@@ -34,30 +40,57 @@ class GenerateTask:
 
     def results(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Text, number of tokens (the stop token not counted) and log-probabilities; null in error rows."""
-        answers = [c.choices or (c,) for c in completions]
-        texts = iter(self._texts([choice for choices in answers for choice in choices]))
-        described = [[_describe(choice, next(texts)) for choice in choices] for choices in answers]
-        columns = {name: [choices[0][name] for choices in described] for name in described[0][0]} if described else {}
-        return {**columns, "choices": [None if c.error else d for c, d in zip(completions, described, strict=True)]}
+        texts = self._texts([choice for c in completions for choice in c.choices or (c,)])
+        columns = {name: [_VALUES[name](c, texts[id(_first(c))]) for c in completions] for name in self._columns()}
+        if "choices" in self._on_request:
+            columns["choices"] = [_choices(c, texts) for c in completions]
+        return columns
 
-    def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        """The answers' texts, cut where a stop text begins."""
-        texts = self._decode([c.token_ids for c in completions])
-        return [text[: c.text_end] for text, c in zip(texts, completions, strict=True)]
+    def _columns(self) -> list[str]:
+        return [*_ALWAYS, *(name for name in ("token_ids", "logprobs") if name in self._on_request)]
 
-
-def _describe(completion: Completion, text: str) -> dict[str, Any]:
-    """One answer's values in the columns, or in an item of `choices`."""
-    failed = completion.error is not None
-    return {
-        "completion": None if failed else text,
-        "finish_reason": completion.finish_reason.value,
-        "completion_tokens": len(completion.token_ids),
-        "cumulative_logprob": completion.cumulative_logprob,
-        "token_ids": None if failed else list(completion.token_ids),
-        "logprobs": None if failed else [_logprob(asdict(step)) for step in completion.logprobs],
-    }
+    def _texts(self, answers: Sequence[Completion]) -> dict[int, str | None]:
+        """The answers' texts by the answers' ids, cut where a stop text begins; None where there is no answer."""
+        texts = self._decode([a.token_ids for a in answers])
+        return {
+            id(answer): None if answer.error is not None else text[: answer.text_end]
+            for answer, text in zip(answers, texts, strict=True)
+        }
 
 
-def _logprob(step: dict[str, Any]) -> dict[str, Any]:
-    return {**step, "top": [{"token_id": token, "logprob": logprob} for token, logprob in step["top"]]}
+def _first(completion: Completion) -> Completion:
+    return completion.choices[0] if completion.choices else completion
+
+
+def _choices(completion: Completion, texts: Mapping[int, str | None]) -> list[dict[str, Any]] | None:
+    """All answers of a row, with whatever a row's own columns have; null in error rows."""
+    if completion.error is not None:
+        return None
+    return [
+        {"finish_reason": answer.finish_reason.value}
+        | {name: value(answer, texts[id(answer)]) for name, value in _VALUES.items()}
+        for answer in completion.choices or (completion,)
+    ]
+
+
+def _logprobs(answer: Completion) -> list[dict[str, Any]] | None:
+    if answer.error is not None:
+        return None
+    return [
+        {
+            "token_id": step.token_id,
+            "logprob": step.logprob,
+            "top": [{"token_id": token, "logprob": logprob} for token, logprob in step.top],
+        }
+        for step in answer.logprobs
+    ]
+
+
+_ALWAYS = ("completion", "completion_tokens", "cumulative_logprob")
+_VALUES: Mapping[str, Callable[[Completion, str | None], Any]] = {
+    "completion": lambda answer, text: text,
+    "completion_tokens": lambda answer, text: len(answer.token_ids),
+    "cumulative_logprob": lambda answer, text: answer.cumulative_logprob,
+    "token_ids": lambda answer, text: None if answer.error is not None else list(answer.token_ids),
+    "logprobs": lambda answer, text: _logprobs(answer),
+}

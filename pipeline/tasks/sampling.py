@@ -15,8 +15,13 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetiti
 
 
 def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> SamplingParams:
-    """What null stands for is taken from the checkpoint; its end tokens always stop an answer."""
-    stored = checkpoint.generation_config
+    """What null stands for is taken from the checkpoint; its end tokens always stop an answer.
+
+    A checkpoint that says do_sample: false is greedy. Raises ConfigError on values out of range.
+    """
+    stored = dict(checkpoint.generation_config)
+    if stored.get("do_sample") is False:
+        stored["temperature"] = 0.0
     chosen: dict[str, Any] = {key: getattr(settings, key) for key in NEUTRAL}
     for key, neutral in NEUTRAL.items():
         if chosen[key] is None:
@@ -33,7 +38,7 @@ def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> Sampl
             logprobs=settings.logprobs,
             **chosen,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{error} (from {checkpoint.folder / 'generation_config.json'})") from error
 
 
