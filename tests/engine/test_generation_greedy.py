@@ -40,7 +40,7 @@ def mixed_requests(per_length: int, seed: int = 0) -> list[Request]:
     for number, length in enumerate(LENGTHS):
         new_tokens = rng.choice([1, 2, 5, 24, 40]) if length < 500 else 60
         # a tenth of the vocabulary stops: answers end anywhere within the steps between two read-backs
-        stop = tuple(range(2, 54)) if number % 3 else ()
+        stop = tuple(range(2, 54)) if number % 3 and length < 600 else ()
         for _ in range(per_length):
             requests.append(greedy(len(requests), random_prompt(rng, length), new_tokens, *stop))
     return requests

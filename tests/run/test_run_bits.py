@@ -66,6 +66,7 @@ def test_bits_do_not_depend_on_place(
         assert len(found) == (3 if name == "alone" else 60)
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_number_of_threads(small_model: Path, varied: Path, tmp_path: Path) -> None:
     """Two processes, one with two threads: also that a process of its own equals a run in this one."""
     args = ["model=path", f"model.path={small_model}", "quant=none", f"data.path={varied}", *KINDS["sampled"]]

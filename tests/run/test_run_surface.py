@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from harness import REPOSITORY, environment, parts, prompt, results, rows, run_cli, run_here, start, write
+from harness import environment, parts, prompt, results, rows, run_here, start, write
 
 
 @pytest.fixture
@@ -46,10 +46,13 @@ def test_dry_run_refuses_what_a_run_refuses(small_model: Path, data: Path, tmp_p
     assert "nosuch" in run_here(*args(small_model, data, tmp_path / "out", *more)).refusal()
 
 
-def test_relative_paths_are_those_of_the_working_directory(small_model: Path, data: Path, tmp_path: Path) -> None:
+def test_relative_paths_are_those_of_the_working_directory(
+    small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
     relative = args(small_model, Path("../in.parquet"), Path("'my out'"))
-    run_cli(*relative, cwd=tmp_path / "deep", env=environment(PYTHONPATH=str(REPOSITORY))).done()
+    run_here(*relative).done()
     assert results(tmp_path / "deep" / "my out").num_rows == 3
 
 
@@ -115,6 +118,7 @@ def test_a_terminal_shows_a_bar(small_model: Path, data: Path, tmp_path: Path) -
     assert "\r" not in out
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_no_harm(small_model: Path, data: Path, tmp_path: Path) -> None:
     process = start(*args(small_model, data, tmp_path / "out"))
     assert process.stdout is not None
