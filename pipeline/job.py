@@ -80,7 +80,7 @@ class Job:
         if config.task.messages is None:
             RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(
-            self.input_schema, config.output.columns, config.task.kind, {}, self._on_request()
+            self.input_schema, config.output.columns, config.task.kind, {}, self._on_request(), _run_labels(config)
         )
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
         self.tokenizer = self._tokenizer_checkpoint()
@@ -210,3 +210,9 @@ class Job:
         kept = self.config.output.columns
         if task.truth is not None and kept is not None and task.truth not in kept:
             raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")
+
+
+def _run_labels(config: RunConfig) -> list[str] | None:
+    """The names of the run's labels, if it has any of its own."""
+    labels = config.task.labels
+    return list(labels) if isinstance(labels, Mapping) else None

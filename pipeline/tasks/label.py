@@ -116,11 +116,16 @@ class LabelTask:
             "completion_tokens": 0 if abstains else len(labels.token_ids[best]) - labels.end_tokens,
             "cumulative_logprob": None if abstains else scores.logprobs[best],
             "label": None if abstains else labels.names[best],
-            "label_probs": list(zip(labels.names, probs, strict=True)),
-            "label_logprob": list(zip(labels.names, scores.logprobs, strict=True)),
+            "label_probs": self._by_label(labels, probs),
+            "label_logprob": self._by_label(labels, scores.logprobs),
             "margin": scores.margin,
             "entropy": scores.entropy,
         }
+
+    def _by_label(self, labels: LabelSet, values: Sequence[float]) -> Any:
+        """Label to number: a struct's dict for the run's labels, a map's pairs for a row's own."""
+        pairs = list(zip(labels.names, values, strict=True))
+        return pairs if self._fixed is None else dict(pairs)
 
     def _labels_of(self, row: Mapping[str, Any]) -> LabelSet:
         if self._fixed is not None:
