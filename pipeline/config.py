@@ -244,7 +244,7 @@ def _template(values: Mapping[str, Any]) -> str:
             f"task.prompt and task.prompt_file={values['prompt_file']} are both set; set one of them to null"
         )
     try:
-        return Path(values["prompt_file"]).read_text(encoding="utf-8")
+        return Path(values["prompt_file"]).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"task.prompt_file={values['prompt_file']} cannot be read as UTF-8 text ({error})") from error
 

@@ -148,7 +148,12 @@ class Job:
     def check_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Refuse to resume on another device, dtype or kernel than the results were made with."""
         if self.manifest is not None:
-            manifests.check(self.manifest.fingerprint, {**self.asked, **resolved}, self.output.root)
+            manifests.check(
+                self.manifest.fingerprint,
+                {**self.asked, **resolved},
+                self.output.root,
+                started=bool(self.output.committed()),
+            )
 
     def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
@@ -163,7 +168,8 @@ class Job:
         self._take(manifest)
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
-        """Keep the run's summary in run.json."""
+        """Keep the run's summary in run.json, and clear away what killed processes left."""
+        manifests.sweep(self.output.run_json)
         self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
@@ -172,7 +178,7 @@ class Job:
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
-        manifests.check(asked_then, self.asked, self.output.root)
+        manifests.check(asked_then, self.asked, self.output.root, started=bool(self.output.committed()))
         if not manifest.schema.equals(self.schema):
             raise ConfigError(
                 f"output.dir {self.output.root} has results of another schema than the input would give now; "

@@ -307,18 +307,19 @@ def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _speed(job: Job) -> Iterator[tuple[str, str]]:
-    """Rates of the last process that has left its stats."""
+    """Rates of the last process that has left its stats; several may have worked at once."""
     import pyarrow.parquet as pq
 
     files = sorted(job.output.stats.glob("run-*.parquet"))
     if not files:
         return
     last = pq.read_table(files[-1]).to_pylist()[0]
+    whose = f", the last of {len(files)} processes" if len(files) > 1 else ""
     yield (
         "speed",
         f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
         f"({last['prompt_tokens']:,} prompt + {last['completion_tokens']:,} completion tokens in "
-        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading)",
+        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
     )
     yield "stats", str(files[-1])
 

@@ -20,6 +20,27 @@ class NotText(ValueError):
     """A value in a template's output that is null or no text."""
 
 
+class NullColumn:
+    """A null in a template: false in a condition, none in a test, and an error wherever it would be printed."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, NullColumn)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __str__(self) -> str:
+        raise NotText("a value of the template is null")
+
+    __repr__ = __format__ = __iter__ = __len__ = __html__ = __str__  # type: ignore[assignment]  # all of them print
+
+
+NULL = NullColumn()
+
+
 class RowTemplate:
     """A Jinja template over a row's columns, in Jinja's sandbox: no attributes, files or environment.
 
@@ -33,6 +54,7 @@ class RowTemplate:
             undefined=jinja2.StrictUndefined, finalize=_printable, autoescape=False
         )
         del environment.globals["lipsum"], environment.filters["random"]  # equal rows get equal prompts
+        environment.tests["none"] = lambda value: value is None or value is NULL
         for name in columns:
             environment.globals.pop(name, None)  # a column may be called range or dict
         try:
@@ -58,14 +80,14 @@ class RowTemplate:
         """The row's text; raises whatever a template can raise on a bad row."""
         if self._joined is not None:
             return self._joined(row)
-        return self._template.render({ROW: row, **row})
+        return self._template.render({ROW: row, **{name: NULL if v is None else v for name, v in row.items()}})
 
 
 def _printable(value: Any) -> Any:
     """What a template may print; undefined values pass, to raise their own error."""
     if isinstance(value, (str, int, float, jinja2.Undefined)):
         return value
-    kind = "null" if value is None else f"{type(value).__name__}, not text"
+    kind = "null" if value is None or value is NULL else f"{type(value).__name__}, not text"
     raise NotText(f"a value of the template is {kind}")
 
 
