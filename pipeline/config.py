@@ -28,6 +28,7 @@ from pipeline.core import SamplingParams
 from pipeline.engine.plan import EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import KERNELS, QuantSettings
+from pipeline.redaction import redacted
 from pipeline.settings import (
     DataSettings,
     ModelSettings,
@@ -43,11 +44,8 @@ MAPS = ("task.labels", "task.chat_args")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
+TOO_LONG = ("error", "truncate_left", "truncate_right")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SECRET = re.compile(
-    r"secret|passw|credential|connection_?string|(api|access|account|private|auth)_?(key|token)|(^|_)(token|key|sas)$",
-    re.IGNORECASE,
-)
 
 
 def config_folder() -> Path:
@@ -166,7 +164,7 @@ def _build(config: DictConfig) -> RunConfig:
         shard=_shard(values["shard"]),
         dry_run=values["dry_run"],
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
-        resolved=_redacted(values),
+        resolved=redacted(values),
     )
 
 
@@ -187,18 +185,20 @@ def _model(values: Mapping[str, Any]) -> ModelSettings:
 
 
 def _quant(values: Mapping[str, Any]) -> QuantSettings:
-    if values["method"] != "bnb":
-        return QuantSettings(method=values["method"])
-    _one_of("quant.kernel", values["kernel"], KERNELS)
-    cache = values["dequant_cache"]
-    off = cache in ("off", False)
-    return QuantSettings(
-        method="bnb",
-        kernel=values["kernel"],
-        double_quant=values["double_quant"],
-        skip_modules=tuple(values["skip_modules"]),
-        dequant_cache_gib=0.0 if off else _auto_number("quant.dequant_cache", cache, float, "auto, off or GiB"),
-    )
+    """The keys that the chosen method has; what it lacks keeps the default."""
+    known: dict[str, Any] = {"method": values["method"]}
+    if "kernel" in values:
+        _one_of("quant.kernel", values["kernel"], KERNELS)
+        cache = values["dequant_cache"]
+        known["kernel"] = values["kernel"]
+        known["dequant_cache_gib"] = (
+            0.0 if cache in ("off", False) else _auto_number("quant.dequant_cache", cache, float, "auto, off or GiB")
+        )
+    if "skip_modules" in values:
+        known["skip_modules"] = tuple(values["skip_modules"])
+    if "int8_threshold" in values:
+        known["int8_threshold"] = _between("quant.int8_threshold", values["int8_threshold"], 0, 1e4)
+    return QuantSettings(**known, **{k: values[k] for k in ("double_quant",) if k in values})
 
 
 def _data(values: Mapping[str, Any]) -> DataSettings:
@@ -220,6 +220,8 @@ def _task(values: Mapping[str, Any]) -> TaskSettings:
     return TaskSettings(
         kind=values["kind"],
         prompt=_template(values),
+        messages=_messages(values),
+        too_long=_one_of("task.too_long", values["too_long"], TOO_LONG),
         system=values["system"],
         chat=_auto_bool("task.chat", values["chat"]),
         chat_args=_map("task.chat_args", values["chat_args"]),
@@ -242,9 +244,22 @@ def _template(values: Mapping[str, Any]) -> str:
             f"task.prompt and task.prompt_file={values['prompt_file']} are both set; set one of them to null"
         )
     try:
-        return Path(values["prompt_file"]).read_text(encoding="utf-8")
+        return Path(values["prompt_file"]).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"task.prompt_file={values['prompt_file']} cannot be read as UTF-8 text ({error})") from error
+
+
+def _messages(values: Mapping[str, Any]) -> str | None:
+    if values["messages"] is None:
+        return None
+    for key in ("prompt", "prompt_file"):
+        if values[key] is not None:
+            raise ConfigError(f"task.messages and task.{key} are both set; set one of them to null")
+    if values["too_long"] != "error":
+        raise ConfigError(
+            f"task.too_long={values['too_long']} cuts the text of task.prompt; with task.messages it must be error"
+        )
+    return str(values["messages"])
 
 
 def _labels(labels: Any) -> Mapping[str, str] | str:
@@ -266,14 +281,41 @@ def _labels(labels: Any) -> Mapping[str, str] | str:
 
 
 def _sampling(values: Mapping[str, Any]) -> SamplingSettings:
-    values = {**values, "stop_token_ids": tuple(values["stop_token_ids"])}
-    settings = SamplingSettings(**values)
-    known = {k: v for k, v in values.items() if v is not None}
+    settings = SamplingSettings(
+        **{
+            **values,
+            "stop_token_ids": tuple(values["stop_token_ids"]),
+            "stop": tuple(values["stop"]),
+            "logprobs": _logprobs(values["logprobs"]),
+            "columns": _sampling_columns(values["columns"]),
+        }
+    )
+    fixed = {f.name: getattr(settings, f.name) for f in fields(SamplingParams)}
     try:
-        SamplingParams(**known)
+        SamplingParams(**{key: value for key, value in fixed.items() if value is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return settings
+
+
+def _logprobs(value: Any) -> int | None:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 0
+    if not isinstance(value, int):
+        raise ConfigError(f"sampling.logprobs must be false, true or a count, got {value}")
+    return value
+
+
+def _sampling_columns(columns: Any) -> Mapping[str, str]:
+    known = [f.name for f in fields(SamplingParams)]
+    if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
+        raise ConfigError(f"sampling.columns must be a map of parameter to column, got {columns}")
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise ConfigError(f"sampling.columns names {unknown[0]}, which is no parameter; there are {', '.join(known)}")
+    return columns
 
 
 def _engine(values: Mapping[str, Any]) -> EngineSettings:
@@ -322,9 +364,10 @@ def _between(key: str, value: float, low: float, high: float) -> float:
     return value
 
 
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value}")
+    return value
 
 
 def _auto_number(key: str, value: Any, kind: Callable[[Any], Any], allowed: str = "auto or a number above 0") -> Any:
@@ -348,17 +391,6 @@ def _auto_bool(key: str, value: Any) -> bool | None:
     if not isinstance(value, bool):
         raise ConfigError(f"{key} must be auto, true or false, got {value}")
     return value
-
-
-def _redacted(values: Any, key: str = "") -> Any:
-    """The same values with anything that looks like a credential blanked, for run.json and stats."""
-    if SECRET.search(key) and values is not None:
-        return "(redacted)"
-    if isinstance(values, dict):
-        return {k: _redacted(v, str(k)) for k, v in values.items()}
-    if isinstance(values, list):
-        return [_redacted(v) for v in values]
-    return re.sub(r"://[^/\s]+@", "://(redacted)@", values) if isinstance(values, str) else values
 
 
 def _sentence(error: Exception, overrides: Sequence[str]) -> str:

@@ -40,12 +40,23 @@ class QuantSchema:
 
 
 @dataclass
-class QuantBnbSchema(QuantSchema):
-    method: str = "bnb"
+class QuantKernelSchema(QuantSchema):
     kernel: str = doc("auto", f"what runs the quantized weights: {', '.join(KERNELS)}")
+    dequant_cache: Any = doc("auto", "GiB for weights kept dequantized (faster, same bits), off, or auto: what is left")
+
+
+@dataclass
+class QuantBnbSchema(QuantKernelSchema):
+    method: str = "bnb"
     double_quant: bool = doc(True, "quantize the block maxima as well (0.4 bits a weight less)")
     skip_modules: list[str] = doc([], "module names or paths that stay unquantized (the output head always does)")
-    dequant_cache: Any = doc("auto", "GiB for weights kept dequantized (faster, same bits), off, or auto: what is left")
+
+
+@dataclass
+class QuantInt8Schema(QuantKernelSchema):
+    method: str = "bnb-int8"
+    int8_threshold: float = doc(6.0, "activations this large are not quantized; 0: all are, and rows are independent")
+    skip_modules: list[str] = doc([], "module names or paths that stay unquantized (the output head always does)")
 
 
 @dataclass
@@ -67,9 +78,11 @@ class TaskSchema:
     kind: str = MISSING
     prompt: str | None = doc(None, "Jinja template over the row's columns (sandboxed); {{ prompt }} if null")
     prompt_file: str | None = doc(None, "file that holds the template, in place of task.prompt")
+    messages: str | None = doc(None, "column with conversations (lists of role and content), in place of task.prompt")
     system: str | None = doc(None, "system message (chat models)")
     chat: Any = doc("auto", "use the tokenizer's chat template: auto (if it has one), true, false")
     chat_args: Any = doc({}, "map of further variables of the chat template")
+    too_long: str = doc("error", "a prompt without room: error, truncate_left, truncate_right (of the row's own text)")
 
 
 @dataclass
@@ -93,8 +106,14 @@ class SamplingSchema:
     temperature: float | None = doc(0.0, "0 is greedy; null is what the checkpoint says")
     top_k: int | None = doc(0, "draw among the k likeliest; 0 is off, null is what the checkpoint says")
     top_p: float | None = doc(1.0, "draw among the likeliest that reach this probability; 1 is off, null as above")
+    min_p: float | None = doc(0.0, "drop tokens less likely than this share of the likeliest; 0 is off, null as above")
+    repetition_penalty: float | None = doc(1.0, "divide the logits of seen tokens by this; 1 is off, null as above")
+    stop: list[str] = doc([], "texts that end an answer and are not part of it")
     stop_token_ids: list[int] = doc([], "tokens that end an answer, besides the checkpoint's own")
     seed: int = doc(0, "seed of the draws")
+    n: int = doc(1, "answers for each row; more than one give a column choices")
+    logprobs: Any = doc(False, "columns token_ids and logprobs: false, true, or how many alternatives at every step")
+    columns: Any = doc({}, "map of parameter to the column that holds it for each row")
 
 
 @dataclass
@@ -132,7 +151,7 @@ class RootSchema:
 
 GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "model": {"base": ModelSchema},
-    "quant": {"base": QuantSchema, "bnb": QuantBnbSchema},
+    "quant": {"base": QuantSchema, "auto": QuantKernelSchema, "bnb": QuantBnbSchema, "bnb-int8": QuantInt8Schema},
     "data": {"parquet": DataParquetSchema},
     "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema},
     "sampling": {"base": SamplingSchema},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -35,10 +35,10 @@ class Console:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
-    def loading(self, items: Iterable[T], total: int) -> Iterator[T]:
+    def loading(self, items: Sequence[T]) -> Iterator[T]:
         """The items, with a bar on a terminal."""
         with tqdm(
-            items, total=total, desc="loading", unit="tensors", file=self._stream, disable=not self.is_terminal,
+            items, desc="loading", unit="tensors", file=self._stream, disable=not self.is_terminal,
             leave=False,
         ) as bar:  # fmt: skip
             yield from bar

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.redaction import redacted
 from pipeline.settings import RunConfig, TaskSettings
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow", "jinja2")
-SPEED_ONLY = ("quant.dequant_cache_gib",)
-"""Keys that change how fast a row is answered, never how."""
+UNGUARDED = ("quant.dequant_cache_gib", "task.truth")
+"""Keys that change how fast a row is answered, or what is said of it afterwards, never the row."""
 
 
 def requested(config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def requested(config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint) 
         "engine": asdict(config.engine),
         "output": {"columns": config.output.columns},
     }
-    return {key: value for key, value in _flat(parts).items() if key not in SPEED_ONLY}
+    return {key: redacted(value, key) for key, value in _flat(parts).items() if key not in UNGUARDED}
 
 
 def _task(task: TaskSettings) -> dict[str, Any]:

@@ -35,8 +35,11 @@ class PreparedChunk:
 class Preparation:
     """Turns a chunk's rows into requests."""
 
-    def __init__(self, prompts: PromptBuilder, task: Task, unfit: Callable[[Request], str | None]) -> None:
-        """`unfit` says why the engine cannot take a request, or None."""
+    def __init__(
+        self, prompts: PromptBuilder, task: Task, unfit: Callable[[Request], str | None], max_len: int
+    ) -> None:
+        """`unfit` says why the engine cannot take a request, or None; `max_len` is its longest row in tokens."""
+        self._room = max(1, max_len - task.answer_tokens)
         self._prompts = prompts
         self._task = task
         self._unfit = unfit
@@ -48,7 +51,7 @@ class Preparation:
         requests: list[Request] = []
         failed: list[Completion] = []
         readable = [row for row in rows if isinstance(row, dict)]
-        prompts = iter(self._prompts.build(readable))
+        prompts = iter(self._prompts.build(readable, self._room))
         for index, row in enumerate(rows):
             prepared = self._prepare_row((chunk.id, index), row, prompts)
             (requests if isinstance(prepared, Request) else failed).append(prepared)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from pipeline import __version__, fingerprint
 from pipeline.data.open import open_source
@@ -20,11 +22,8 @@ from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import committed_parts
-from pipeline.prompts import RowTemplate
 from pipeline.settings import RunConfig
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from pipeline.template import RowTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,11 @@ class Job:
         self.found: list[FoundFile] = list(self.source.find())
         self.input_schema: pa.Schema = self.source.schema()
         self._check_columns()
-        RowTemplate(config.task.prompt, self.input_schema.names)
-        self.schema: pa.Schema = results_schema(self.input_schema, config.output.columns, config.task.kind, {})
+        if config.task.messages is None:
+            RowTemplate(config.task.prompt, self.input_schema.names)
+        self.schema: pa.Schema = results_schema(
+            self.input_schema, config.output.columns, config.task.kind, {}, self._on_request(), _run_labels(config)
+        )
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
@@ -146,7 +148,12 @@ class Job:
     def check_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Refuse to resume on another device, dtype or kernel than the results were made with."""
         if self.manifest is not None:
-            manifests.check(self.manifest.fingerprint, {**self.asked, **resolved}, self.output.root)
+            manifests.check(
+                self.manifest.fingerprint,
+                {**self.asked, **resolved},
+                self.output.root,
+                started=bool(self.output.committed()),
+            )
 
     def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
@@ -161,7 +168,8 @@ class Job:
         self._take(manifest)
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
-        """Keep the run's summary in run.json."""
+        """Keep the run's summary in run.json, and clear away what killed processes left."""
+        manifests.sweep(self.output.run_json)
         self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
@@ -170,7 +178,7 @@ class Job:
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
-        manifests.check(asked_then, self.asked, self.output.root)
+        manifests.check(asked_then, self.asked, self.output.root, started=bool(self.output.committed()))
         if not manifest.schema.equals(self.schema):
             raise ConfigError(
                 f"output.dir {self.output.root} has results of another schema than the input would give now; "
@@ -187,14 +195,30 @@ class Job:
         name = self.config.model.tokenizer
         return self.checkpoint if name is None else open_checkpoint(name)
 
+    def _on_request(self) -> tuple[str, ...]:
+        return self.config.sampling.on_request if self.config.task.kind == "generate" else ()
+
     def _check_columns(self) -> None:
         task = self.config.task
-        names = {"task.truth": task.truth, "task.labels": task.labels if isinstance(task.labels, str) else None}
+        names: dict[str, str | None] = {f"sampling.columns.{k}": v for k, v in self.config.sampling.columns.items()}
+        names |= {
+            "task.truth": task.truth,
+            "task.messages": task.messages,
+            "task.labels": task.labels if isinstance(task.labels, str) else None,
+        }
         for key, name in names.items():
             if name is not None and name not in self.input_schema.names:
                 raise ConfigError(
                     f"{key}={name} is no column; the columns are {', '.join(self.input_schema.names) or 'none'}"
                 )
+        if task.truth is not None and pa.types.is_nested(self.input_schema.field(task.truth).type):
+            raise ConfigError(f"task.truth={task.truth} is a column of lists or structs; name one of plain values")
         kept = self.config.output.columns
         if task.truth is not None and kept is not None and task.truth not in kept:
             raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")
+
+
+def _run_labels(config: RunConfig) -> list[str] | None:
+    """The names of the run's labels, if it has any of its own."""
+    labels = config.task.labels
+    return list(labels) if isinstance(labels, Mapping) else None

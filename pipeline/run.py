@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         versions=fingerprint.versions(),
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
-    engine = load_engine(job, runtime, console, stopping, stats)
+    engine = load_engine(job, runtime, tokenizer, console, stopping, stats)
     try:
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
@@ -120,20 +120,27 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     if config.task.kind == "label":
         stop = job.checkpoint.stop_token_ids
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
-    return prompts, GenerateTask(sampling_params(config.sampling, job.checkpoint), tokenizer.decode)
+    return prompts, GenerateTask(
+        sampling_params(config.sampling, job.checkpoint),
+        tokenizer.decode,
+        config.sampling.columns,
+        config.sampling.on_request,
+    )
 
 
-def load_engine(job: Job, runtime: Runtime, console: Console, stopping: Stopping, stats: RunStats) -> Engine:
+def load_engine(
+    job: Job, runtime: Runtime, tokenizer: Tokenizer, console: Console, stopping: Stopping, stats: RunStats
+) -> Engine:
     """Weights to the device; a signal ends the loading at once."""
     loading_started = time.perf_counter()
 
-    def watched(items: Iterable[Any]) -> Iterator[Any]:
-        for item in console.loading(items, len(job.checkpoint.tensors)):
+    def watched(items: Sequence[Any]) -> Iterator[Any]:
+        for item in console.loading(items):
             if stopping():
                 raise Interrupted("stopped while loading")
             yield item
 
-    model, engine = runtime.load(job.config.model.trust_remote_code, watched)
+    model, engine = runtime.load(job.config.model.trust_remote_code, watched, lambda ids: tokenizer.decode([ids])[0])
     stats.load_s = time.perf_counter() - loading_started
     linears = [linear for _, linear in model.quant_linears()]
     if model.unused_tensors:
@@ -223,7 +230,8 @@ class Shift:
         from pipeline.engine.engine import unfit
         from pipeline.intake import Preparation
 
-        return Preparation(self.prompts, self.task, lambda request: unfit(request, self.engine.plan))
+        plan = self.engine.plan
+        return Preparation(self.prompts, self.task, lambda request: unfit(request, plan), plan.max_len)
 
     def _claim(self, chunk: Chunk) -> bool:
         """Take a chunk unless somebody has it or, since the listing, has committed it."""
@@ -254,7 +262,8 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
         return ExitCode.NOT_DONE
     assert job.manifest is not None
     summary = job.manifest.summary
-    if summary is None or summary.get("chunks") != len(job.chunks):
+    truth = (summary or {}).get("accuracy", {}).get("column")
+    if summary is None or summary.get("chunks") != len(job.chunks) or truth != job.config.task.truth:
         summary = summarize(job, claims)
     for line in summary_lines(job, summary):
         console.result(line)
@@ -298,18 +307,19 @@ def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _speed(job: Job) -> Iterator[tuple[str, str]]:
-    """Rates of the last process that has left its stats."""
+    """Rates of the last process that has left its stats; several may have worked at once."""
     import pyarrow.parquet as pq
 
     files = sorted(job.output.stats.glob("run-*.parquet"))
     if not files:
         return
     last = pq.read_table(files[-1]).to_pylist()[0]
+    whose = f", the last of {len(files)} processes" if len(files) > 1 else ""
     yield (
         "speed",
         f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
         f"({last['prompt_tokens']:,} prompt + {last['completion_tokens']:,} completion tokens in "
-        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading)",
+        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
     )
     yield "stats", str(files[-1])
 

@@ -41,17 +41,20 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSettings:
-    """The `task` group; `kind` is the choice (generate, label). `prompt` is the template's text.
+    """The `task` group; `kind` is the choice (generate, label).
 
-    `labels` maps each label's name to its verbalizer (the text that stands for it), or is the name of
-    a column that holds each row's list of labels. `label_eos` None is auto.
+    `prompt` is the template's text; it is not used with `messages`, a column of conversations. `labels`
+    maps each label's name to its verbalizer (the text that stands for it), or is the name of a column
+    that holds each row's list of labels. `label_eos` None is auto.
     """
 
     kind: str
     prompt: str
     system: str | None = None
+    messages: str | None = None
     chat: bool | None = None
     chat_args: Mapping[str, Any] = field(default_factory=dict)
+    too_long: str = "error"
     labels: Mapping[str, str] | str | None = None
     label_separator: str | None = None
     label_eos: bool | None = None
@@ -61,14 +64,29 @@ class TaskSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """The `sampling` group; None is what the checkpoint's generation_config.json says."""
+    """The `sampling` group; None is what the checkpoint's generation_config.json says.
+
+    `columns` maps a parameter to the column that holds it for each row. `logprobs` None is off here too.
+    """
 
     max_new_tokens: int = 128
     temperature: float | None = 0.0
     top_k: int | None = 0
     top_p: float | None = 1.0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def on_request(self) -> tuple[str, ...]:
+        """The output columns that these settings ask for."""
+        names = ("token_ids", "logprobs") if self.logprobs is not None or "logprobs" in self.columns else ()
+        return (*names, "choices") if self.n > 1 or "n" in self.columns else names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ def load(*overrides: str) -> RunConfig:
 def schema_of(group: str, choice: str) -> type:
     """The schema that a file of conf/ names in its defaults."""
     defaults = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())["defaults"]
-    name = next(re.fullmatch(r"schema/(\w+)@_here_", entry)[1] for entry in defaults if entry.startswith("schema/"))
+    name = next(re.fullmatch(r"schema/([\w-]+)@_here_", entry)[1] for entry in defaults if entry.startswith("schema/"))
     return GROUP_SCHEMAS[group][name]
 
 

@@ -21,6 +21,7 @@ NEEDS_TORCH = (
     "pipeline.engine.kv_cache",
     "pipeline.engine.packing",
     "pipeline.engine.sampler",
+    "pipeline.engine.seat",
     "pipeline.engine.slots",
     "pipeline.kernels.*",
     "pipeline.models.decoder",

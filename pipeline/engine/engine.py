@@ -5,27 +5,28 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.core import Completion, FinishReason, Request
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import DecoderModel, candidate_logprobs, logit_rows, pack, pass_tokens, take_pass
+from pipeline.engine.packing import DecoderModel, Work, candidate_logprobs, logit_rows, pack, pass_tokens, take_pass
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.engine.sampler import Sampled, SamplerRows, sample
-from pipeline.engine.slots import Seat, SlotBatch
+from pipeline.engine.seat import NOT_FINITE, Decode, Seat, reach
+from pipeline.engine.slots import EMPTY, SlotBatch, seen_tokens
 
 STEPS_PER_POLL = {"cpu": 4, "cuda": 8}
-NOT_FINITE = "the model's logits are not finite (nan or inf)"
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """News of one request: tokens since the last report, and the completion once it has ended."""
+    """News of one answer: tokens since the last report; with the request's last answer, its completion."""
 
     request_id: Hashable
+    choice: int
     new_token_ids: tuple[int, ...]
     completion: Completion | None
 
@@ -51,48 +52,62 @@ class Engine:
     """
 
     def __init__(
-        self, model: DecoderModel, plan: EnginePlan, make_cache: Callable[[LengthClass], KVCache], device: torch.device
+        self,
+        model: DecoderModel,
+        plan: EnginePlan,
+        make_cache: Callable[[LengthClass], KVCache],
+        device: torch.device,
+        decode: Decode | None = None,
     ) -> None:
-        """`make_cache` allocates a length class's keys and values; it is called when the class is first used."""
+        """`make_cache` allocates a length class's keys and values, when the class is first used.
+
+        `decode` turns token ids into text; only requests with stop texts need it.
+        """
         self.plan = plan
         self.counters = EngineCounters()
         self._model = model
         self._device = device
         self._make_cache = make_cache
+        self._decode_text = decode
         self._steps_per_poll = STEPS_PER_POLL.get(device.type, 4)
-        self._scoring: deque[Request] = deque()
-        self._waiting: dict[LengthClass, deque[Request]] = {c: deque() for c in plan.length_classes}
+        self._scoring: deque[Work] = deque()
+        self._waiting: dict[LengthClass, deque[Work]] = {c: deque() for c in plan.length_classes}
         self._batches: dict[LengthClass, SlotBatch] = {}
+        self._choices: dict[Hashable, dict[int, Completion]] = {}
 
     @property
     def unfinished(self) -> int:
-        """Requests submitted and neither completed nor cancelled."""
+        """Answers asked for that are neither completed nor cancelled."""
         return self.waiting + sum(len(b.seats) for b in self._batches.values())
 
     @property
     def waiting(self) -> int:
-        """Requests submitted that have not reached the device."""
+        """Answers asked for that have not reached the device."""
         return len(self._scoring) + sum(len(q) for q in self._waiting.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises ValueError if it fits no shape (`unfit` tells beforehand)."""
+        """Queue a request; raises ValueError if the engine cannot take it (`unfit` tells beforehand)."""
         reason = unfit(request, self.plan)
         if reason is not None:
             raise ValueError(f"request {request.id}: {reason}")
+        if request.sampling.stop and self._decode_text is None:
+            raise ValueError(f"request {request.id}: this engine has no decoder for stop texts")
         if request.candidates:
-            self._scoring.append(request)
+            self._scoring.append((request, 0))
             return
-        wanted = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.plan.max_len)
-        self._waiting[next(c for c in self.plan.length_classes if c.max_len >= wanted)].append(request)
+        wanted = reach(request, self.plan)
+        queue = self._waiting[next(c for c in self.plan.length_classes if c.max_len >= wanted)]
+        queue.extend((request, choice) for choice in range(request.sampling.n))
 
     def cancel(self, request_id: Hashable) -> None:
         """Forget a request; nothing more is reported of it. Unknown ids are ignored."""
         for queue in (self._scoring, *self._waiting.values()):
-            for request in [r for r in queue if r.id == request_id]:
-                queue.remove(request)
+            for work in [w for w in queue if w[0].id == request_id]:
+                queue.remove(work)
         for batch in self._batches.values():
             for slot in [s for s, seat in batch.seats.items() if seat.request.id == request_id]:
                 batch.release(slot)
+        self._choices.pop(request_id, None)
 
     @torch.inference_mode()
     def poll(self) -> list[Output]:
@@ -105,7 +120,7 @@ class Engine:
 
     def _score(self) -> list[Output]:
         started = time.perf_counter()
-        requests = take_pass(self._scoring, self.plan, len(self._scoring))
+        requests = [request for request, _ in take_pass(self._scoring, self.plan, len(self._scoring))]
         packed = pack(requests, self.plan, self._device)
         logprobs_LV = torch.log_softmax(packed.run(self._model), dim=-1)
         finite_L = torch.isfinite(logprobs_LV.amax(dim=-1)).tolist()
@@ -136,16 +151,11 @@ class Engine:
 
     def _refill(self, length_class: LengthClass, batch: SlotBatch) -> list[Output]:
         started = time.perf_counter()
-        requests = take_pass(self._waiting[length_class], self.plan, batch.free)
-        slots = batch.reserve(len(requests))
-        packed = pack(requests, self.plan, self._device, batch.cache, slots)
-        seats = [Seat.of(request, batch.max_len) for request in requests]
-        first = self._first_tokens(packed.run(self._model), seats)
-        count = len(seats)
-        batch.seat(slots, seats, first.tokens_B[:count])
-        values = (first.tokens_B.tolist(), first.logprobs_B.tolist(), first.finite_B.tolist())
-        for seat, token, logprob, finite in zip(seats, *(v[:count] for v in values), strict=True):
-            seat.accept(token, logprob, finite)
+        work = take_pass(self._waiting[length_class], self.plan, batch.free)
+        slots = batch.reserve(len(work))
+        packed = pack([request for request, _ in work], self.plan, self._device, batch.cache, slots)
+        seats = [Seat.of(request, choice, self.plan, self._decode_text) for request, choice in work]
+        batch.seat(slots, seats, self._first_tokens(packed.run(self._model), seats))
         reports = self._report(batch)
         self.counters.completion_tokens += sum(len(o.new_token_ids) for o in reports)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
@@ -153,12 +163,13 @@ class Engine:
 
     def _first_tokens(self, logits_LV: Tensor, seats: list[Seat]) -> Sampled:
         padding = logits_LV.shape[0] - len(seats)
-        rows = SamplerRows.of(
-            [(s.request.sampling, s.key) for s in seats] + [(Request(id=0, prompt_ids=()).sampling, 0)] * padding,
-            self._device,
-        )
+        rows = SamplerRows.of([*(s.sampler_row for s in seats), *[EMPTY] * padding], self._device)
         zero_B = torch.zeros(logits_LV.shape[0], dtype=torch.int64, device=self._device)
-        return sample(logits_LV, rows, rows.uniforms(zero_B, 1)[0] if rows.any_sampled else None)
+        seen_BV = None
+        if rows.any_penalty:
+            seen_BV = torch.zeros_like(logits_LV, dtype=torch.bool)
+            seen_BV[: len(seats)] = seen_tokens(seats, logits_LV.shape[1], self._device)
+        return sample(logits_LV, rows, rows.uniforms(zero_B, 1)[0] if rows.any_sampled else None, seen_BV)
 
     def _report(self, batch: SlotBatch) -> list[Output]:
         outputs = []
@@ -168,8 +179,22 @@ class Engine:
             if seat.finish is not None:
                 batch.release(slot)
             if new or seat.finish is not None:
-                outputs.append(Output(seat.request.id, new, _completed(seat)))
+                outputs.append(Output(seat.request.id, seat.choice, new, self._completed(seat)))
         return outputs
+
+    def _completed(self, seat: Seat) -> Completion | None:
+        """The request's completion, once its last answer has ended."""
+        if seat.finish is None:
+            return None
+        if seat.request.sampling.n == 1:
+            return seat.completion()
+        ended = self._choices.setdefault(seat.request.id, {})
+        ended[seat.choice] = seat.completion()
+        if len(ended) < seat.request.sampling.n:
+            return None
+        choices = tuple(completion for _, completion in sorted(self._choices.pop(seat.request.id).items()))
+        broken = next((c for c in choices if c.error is not None), None)
+        return broken or replace(choices[0], choices=choices)
 
     def _batch(self, length_class: LengthClass) -> SlotBatch:
         if length_class not in self._batches:
@@ -210,18 +235,4 @@ def _scored(request: Request, scores: tuple[float, ...]) -> Output:
         candidate_logprobs=scores,
         error=None if scores else NOT_FINITE,
     )
-    return Output(request.id, (), completion)
-
-
-def _completed(seat: Seat) -> Completion | None:
-    if seat.finish is None:
-        return None
-    failed = seat.finish is FinishReason.ERROR
-    return Completion(
-        request_id=seat.request.id,
-        prompt_tokens=len(seat.request.prompt_ids),
-        finish_reason=seat.finish,
-        token_ids=() if failed else tuple(seat.token_ids),
-        cumulative_logprob=None if failed else seat.logprob,
-        error=NOT_FINITE if failed else None,
-    )
+    return Output(request.id, 0, (), completion)

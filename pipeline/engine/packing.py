@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.core import Request
-from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan
+from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan, TrieMask
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan
+from pipeline.engine.seat import reach
 from pipeline.engine.trie import PROMPT_END, CandidateTrie, build_trie
 
 
@@ -37,13 +38,18 @@ def logit_rows(request: Request) -> int:
     return 1 + (len(build_trie(request.candidates).tokens) if request.candidates else 0)
 
 
-def take_pass(waiting: deque[Request], plan: EnginePlan, most: int) -> list[Request]:
-    """Remove from the queue, in order, the requests of the next pass: one too large to share goes alone."""
-    taken: list[Request] = []
+Work = tuple[Request, int]
+"""A request and which of its answers."""
+
+
+def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
+    """Remove from the queue, in order, the work of the next pass: a request too large to share goes alone."""
+    taken: list[Work] = []
     tokens = rows = 0
     while waiting and len(taken) < most:
-        tokens += pass_tokens(waiting[0])
-        rows += logit_rows(waiting[0])
+        request = waiting[0][0]
+        tokens += pass_tokens(request)
+        rows += logit_rows(request)
         if taken and (tokens > plan.shared_tokens or rows > plan.shared_logit_rows):
             break
         taken.append(waiting.popleft())
@@ -78,12 +84,13 @@ def pack(
     positions: list[int] = []
     owners: list[int] = []
     wanted: list[int] = []
+    reaches: list[int] = []
     firsts: list[int] = []
     spans: list[RowSpan] = []
     for row, request in enumerate(requests):
         trie = build_trie(request.candidates) if request.candidates else None
         length = len(request.prompt_ids)
-        spans.append(RowSpan(len(tokens), length, _ancestors(trie, device)))
+        spans.append(RowSpan(len(tokens), length, _mask(trie, device)))
         firsts.append(len(wanted))
         tokens.extend(request.prompt_ids)
         positions.extend(range(length))
@@ -92,6 +99,7 @@ def pack(
             wanted.extend(range(len(tokens), len(tokens) + len(trie.tokens)))
             tokens.extend(trie.tokens)
             positions.extend(length - 1 + depth for depth in trie.depths)
+        reaches.extend([reach(request, plan)] * (len(tokens) - len(reaches)))
         if cache is not None:
             owners.extend([slots[row]] * length)
     real = len(tokens)
@@ -106,7 +114,7 @@ def pack(
         tokens_T=torch.tensor(tokens + [0] * padding, device=device),
         positions_T=positions_T,
         wanted_L=torch.tensor(wanted, device=device),
-        attention=PackedPrefill(tuple(spans), write),
+        attention=PackedPrefill(tuple(spans), write, torch.tensor(reaches + [0] * padding, device=device)),
         first_logits=tuple(firsts),
         real_tokens=real,
     )
@@ -122,10 +130,10 @@ def candidate_logprobs(logprobs_LV: Tensor, first: int, request: Request) -> tup
     return tuple(sum(next(steps) for _ in candidate) for candidate in request.candidates)
 
 
-def _ancestors(trie: CandidateTrie | None, device: torch.device) -> Tensor | None:
+def _mask(trie: CandidateTrie | None, device: torch.device) -> TrieMask | None:
     if trie is None or not trie.tokens:
         return None
-    return torch.tensor(trie.ancestors(), device=device)
+    return TrieMask(torch.tensor(trie.ancestors(), device=device), torch.tensor(trie.depths, device=device))
 
 
 def _smallest(shapes: Sequence[int], needed: int) -> int:

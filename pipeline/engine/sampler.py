@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,61 +46,104 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """One row's settings, its prompt's key and which of the prompt's answers it is."""
+
+    params: SamplingParams
+    key: int
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SamplerRows:
     """The settings of B rows on the device; the flags are known on the host and spare what no row uses."""
 
     temperature_B: Tensor
     top_k_B: Tensor
     top_p_B: Tensor
-    words_B4: Tensor
+    min_p_B: Tensor
+    penalty_B: Tensor
+    words_B5: Tensor
     any_sampled: bool
     any_filtered: bool
+    any_penalty: bool
+    top_logprobs: int
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[SamplingParams, int]], device: torch.device) -> SamplerRows:
-        """From (parameters, prompt key) of each row."""
-        params = [p for p, _ in rows]
-        words = [(p.seed & _MASK, p.seed >> 32, key & _MASK, key >> 32) for p, key in rows]
+    def of(cls, rows: Sequence[SamplerRow], device: torch.device) -> SamplerRows:
+        """From the settings of each row."""
+        params = [row.params for row in rows]
+        words = [
+            (row.params.seed & _MASK, row.params.seed >> 32, row.key & _MASK, row.key >> 32, row.choice) for row in rows
+        ]
+        drawn = [p for p in params if p.temperature > 0]
+
+        def floats(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.float32, device=device)
+
         return cls(
-            temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            temperature_B=floats(p.temperature for p in params),
             top_k_B=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-            top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            words_B4=torch.tensor(words, dtype=torch.int64, device=device).reshape(-1, 4),
-            any_sampled=any(p.temperature > 0 for p in params),
-            any_filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
+            top_p_B=floats(p.top_p for p in params),
+            min_p_B=floats(p.min_p for p in params),
+            penalty_B=floats(p.repetition_penalty for p in params),
+            words_B5=torch.tensor(words, dtype=torch.int64, device=device).reshape(-1, 5),
+            any_sampled=bool(drawn),
+            any_filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn),
+            any_penalty=any(p.repetition_penalty != 1 for p in params),
+            top_logprobs=max((p.logprobs or 0 for p in params), default=0),
         )
 
-    def uniforms(self, first_step_B: Tensor, steps: int, choice: int = 0) -> Tensor:
+    def uniforms(self, first_step_B: Tensor, steps: int) -> Tensor:
         """Uniform numbers in [0, 1) of 53 bits for the given steps of every row, float64 [N, B]."""
         step_NB = first_step_B[None] + torch.arange(steps, device=first_step_B.device)[:, None]
-        seed_low, seed_high, key_low, key_high = (w.expand_as(step_NB) for w in self.words_B4.unbind(1))
-        counter = (step_NB, torch.full_like(step_NB, choice), seed_low, seed_high)
-        high, low, _, _ = philox4x32(counter, (key_low, key_high))
+        seed_low, seed_high, key_low, key_high, choice = (w.expand_as(step_NB) for w in self.words_B5.unbind(1))
+        high, low, _, _ = philox4x32((step_NB, choice, seed_low, seed_high), (key_low, key_high))
         return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Chosen tokens [B], their log-probabilities under the unmodified softmax [B], finite or not [B]."""
+    """One step of B rows: tokens, their log-probabilities under the unmodified softmax, finite or not [B].
+
+    `top_tokens_BK` and `top_logprobs_BK` are the likeliest tokens if any row asked for them.
+    """
 
     tokens_B: Tensor
     logprobs_B: Tensor
     finite_B: Tensor
+    top_tokens_BK: Tensor | None = None
+    top_logprobs_BK: Tensor | None = None
 
 
-def sample(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor | None) -> Sampled:
+def sample(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor | None, seen_BV: Tensor | None = None) -> Sampled:
     """Choose a token for each row: the largest logit at temperature 0, else a draw by `uniforms_B`.
 
-    `logits_BV` is float32. A row whose logits hold nan or +inf is marked as not finite.
+    `logits_BV` is float32; `seen_BV` marks the tokens of prompt and answer so far and is needed where a
+    row has a repetition penalty. A row whose logits hold nan or +inf is marked as not finite.
     """
     lse_B = torch.logsumexp(logits_BV, dim=-1)
-    tokens_B = torch.argmax(logits_BV, dim=-1)
+    adjusted_BV = logits_BV
+    if rows.any_penalty:
+        assert seen_BV is not None
+        adjusted_BV = _penalized(logits_BV, rows.penalty_B[:, None], seen_BV)
+    tokens_B = torch.argmax(adjusted_BV, dim=-1)
     if rows.any_sampled:
         assert uniforms_B is not None
-        drawn_B = _draw(logits_BV, rows, uniforms_B)
+        drawn_B = _draw(adjusted_BV, rows, uniforms_B)
         tokens_B = torch.where(rows.temperature_B > 0, drawn_B, tokens_B)
     chosen_B = logits_BV.gather(1, tokens_B[:, None])[:, 0]
-    return Sampled(tokens_B, chosen_B - lse_B, torch.isfinite(lse_B))
+    top_tokens_BK = top_logprobs_BK = None
+    if rows.top_logprobs:
+        top_BK, top_tokens_BK = torch.topk(logits_BV, min(rows.top_logprobs, logits_BV.shape[1]), dim=-1)
+        top_logprobs_BK = top_BK - lse_B[:, None]
+    return Sampled(tokens_B, chosen_B - lse_B, torch.isfinite(lse_B), top_tokens_BK, top_logprobs_BK)
+
+
+def _penalized(logits_BV: Tensor, penalty_B1: Tensor, seen_BV: Tensor) -> Tensor:
+    """Keskar et al., "CTRL", 2019: a seen token's logit is divided by the penalty, a negative one multiplied."""
+    lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+    return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
 def _draw(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor) -> Tensor:
@@ -113,18 +156,20 @@ def _draw(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor) -> Tensor:
     sorted_BV, order_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
     probs_BV = torch.softmax(_filter_sorted(sorted_BV, rows), dim=-1)
     filtered_B = order_BV.gather(1, _inverse_cdf(probs_BV, uniforms_B)[:, None])[:, 0]
-    return torch.where((rows.top_k_B > 0) | (rows.top_p_B < 1), filtered_B, plain_B)
+    is_filtered_B = (rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0)
+    return torch.where(is_filtered_B, filtered_B, plain_B)
 
 
 def _filter_sorted(sorted_BV: Tensor, rows: SamplerRows) -> Tensor:
-    """Apply top-k, then top-p to what it left, to logits in descending order; the first always stays."""
+    """Apply top-k, top-p to what it left, and min-p to logits in descending order; the first always stays."""
     rank_V = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)
     top_k_B1, top_p_B1 = rows.top_k_B[:, None], rows.top_p_B[:, None]
-    sorted_BV = sorted_BV.masked_fill((top_k_B1 > 0) & (rank_V >= top_k_B1), float("-inf"))
-    probs_BV = torch.softmax(sorted_BV, dim=-1)
+    top_k_BV = sorted_BV.masked_fill((top_k_B1 > 0) & (rank_V >= top_k_B1), float("-inf"))
+    probs_BV = torch.softmax(top_k_BV, dim=-1)
     before_BV = torch.cumsum(probs_BV.double(), dim=-1) - probs_BV
-    outside_BV = (top_p_B1 < 1) & (before_BV >= top_p_B1) & (rank_V > 0)
-    return sorted_BV.masked_fill(outside_BV, float("-inf"))
+    outside_BV = (top_p_B1 < 1) & (before_BV >= top_p_B1)
+    unlikely_BV = probs_BV < rows.min_p_B[:, None] * probs_BV[:, :1]
+    return top_k_BV.masked_fill((outside_BV | unlikely_BV) & (rank_V > 0), float("-inf"))
 
 
 def _inverse_cdf(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -4,54 +4,19 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pipeline.core import FinishReason, Request, SamplingParams
+from pipeline.core import SamplingParams
 from pipeline.engine.attention import SlotDecode
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.packing import DecoderModel
 from pipeline.engine.plan import EnginePlan, LengthClass
-from pipeline.engine.sampler import Sampled, SamplerRows, prompt_key, sample
+from pipeline.engine.sampler import Sampled, SamplerRow, SamplerRows, sample
+from pipeline.engine.seat import Seat
 
-EMPTY = (SamplingParams(), 0)
-
-
-@dataclass(slots=True)
-class Seat:
-    """One row being decoded: what it was asked, what it has answered, and how many tokens it may have."""
-
-    request: Request
-    limit: int
-    key: int
-    token_ids: list[int] = field(default_factory=list)
-    reported: int = 0
-    logprob: float = 0.0
-    finish: FinishReason | None = None
-
-    @classmethod
-    def of(cls, request: Request, max_len: int) -> Seat:
-        """A seat for a fresh row; its answer ends where the longest row would."""
-        room = max_len - len(request.prompt_ids)
-        limit = min(request.sampling.max_new_tokens, room)
-        return cls(request, limit, prompt_key(request.prompt_ids))
-
-    def accept(self, token: int, logprob: float, finite: bool) -> None:
-        """Take the next token, unless the row has ended; the stop token itself is not part of the answer."""
-        if self.finish is not None:
-            return
-        if not finite:
-            self.finish = FinishReason.ERROR
-            return
-        self.logprob += logprob
-        if token in self.request.sampling.stop_token_ids:
-            self.finish = FinishReason.STOP
-            return
-        self.token_ids.append(token)
-        if len(self.token_ids) >= self.limit:
-            self.finish = FinishReason.LENGTH
+EMPTY = SamplerRow(SamplingParams(), 0)
 
 
 class SlotBatch:
@@ -60,15 +25,18 @@ class SlotBatch:
     def __init__(self, plan: EnginePlan, length_class: LengthClass, cache: KVCache, device: torch.device) -> None:
         self.shapes = plan.decode_slots(length_class)
         self.max_len = length_class.max_len
+        self.vocab = plan.vocab
         self.cache = cache
         self.device = device
         self.seats: dict[int, Seat] = {}
+        self._slots = length_class.slots
         self._free = list(range(length_class.slots))
         self._not_finite: set[int] = set()
         self._rows: SamplerRows | None = None
-        self._token_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
-        self._position_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
-        self._step_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
+        self._seen_BV: Tensor | None = None
+        self._token_B, self._position_B, self._step_B, self._reach_B = (
+            torch.zeros(length_class.slots, dtype=torch.int64, device=device) for _ in range(4)
+        )
 
     @property
     def free(self) -> int:
@@ -87,21 +55,25 @@ class SlotBatch:
         self._not_finite.difference_update(slots)
         return slots
 
-    def seat(self, slots: Sequence[int], seats: Sequence[Seat], first_B: Tensor) -> None:
-        """Put prefilled rows, whose first tokens are `first_B`, into reserved slots."""
+    def seat(self, slots: Sequence[int], seats: Sequence[Seat], first: Sampled) -> None:
+        """Put prefilled rows, whose first tokens are the first of `first`, into reserved slots."""
         index = torch.tensor(slots, device=self.device)
-        lengths = torch.tensor([len(s.request.prompt_ids) for s in seats], device=self.device)
-        self._token_B[index] = first_B
-        self._position_B[index] = lengths
+        lengths = [len(s.request.prompt_ids) for s in seats]
+        self._token_B[index] = first.tokens_B[: len(seats)]
+        self._position_B[index] = torch.tensor(lengths, device=self.device)
         self._step_B[index] = 1
+        self._reach_B[index] = torch.tensor(
+            [length + s.limit for length, s in zip(lengths, seats, strict=True)], device=self.device
+        )
         self.seats.update(zip(slots, seats, strict=True))
         self._rows = None
+        if any(s.request.sampling.repetition_penalty != 1 for s in seats):
+            self._mark_seen(slots, seats)
+        self._read_back([first], range(len(seats)), slots)
 
     def release(self, slot: int) -> None:
         """Free a slot, which goes on being decoded along with the others until its next row."""
-        seat = self.seats.pop(slot)
-        if seat.finish is FinishReason.ERROR:
-            self._not_finite.add(slot)
+        del self.seats[slot]
         heapq.heappush(self._free, slot)
         self._rows = None
 
@@ -111,14 +83,21 @@ class SlotBatch:
         steps = min(most_steps, max(s.limit - len(s.token_ids) for s in self.seats.values()))
         rows = self._sampler_rows(slots)
         uniforms_NB = rows.uniforms(self._step_B[:slots], steps) if rows.any_sampled else None
+        seen_BV = self._seen_BV[:slots] if rows.any_penalty and self._seen_BV is not None else None
         slots_B = torch.arange(slots, device=self.device)
         sampled = []
         for step in range(steps):
-            attention = SlotDecode(self.cache, slots_B, self._position_B[:slots].clone())
-            logits_BV = model.logits(self._token_B[:slots], attention.positions_B, attention, None)
-            sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step]))
+            tokens_B, positions_B = self._token_B[:slots], self._position_B[:slots].clone()
+            if seen_BV is not None:
+                seen_BV.scatter_(1, tokens_B[:, None], True)
+            attention = SlotDecode(self.cache, slots_B, positions_B, self._reach_B[:slots])
+            logits_BV = model.logits(tokens_B, positions_B, attention, None)
+            sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
             self._advance(slots, sampled[-1].tokens_B)
-        self._read_back(sampled)
+        taken = sorted(self.seats)
+        self._read_back(sampled, taken, taken)
+        finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
+        self._not_finite.update(slot for slot, finite in enumerate(finite_B) if not finite)
         return steps, slots
 
     def _advance(self, slots: int, tokens_B: Tensor) -> None:
@@ -127,18 +106,44 @@ class SlotBatch:
         self._position_B[:slots] = (self._position_B[:slots] + 1).clamp(max=self.max_len - 1)
         self._step_B[:slots] += 1
 
-    def _read_back(self, sampled: Sequence[Sampled]) -> None:
-        tokens = torch.stack([s.tokens_B for s in sampled], dim=1).tolist()
-        logprobs = torch.stack([s.logprobs_B for s in sampled], dim=1).tolist()
-        finite = torch.stack([s.finite_B for s in sampled], dim=1).tolist()
-        self._not_finite.update(slot for slot, flags in enumerate(finite) if not all(flags))
-        for slot, seat in self.seats.items():
-            for token, logprob, is_finite in zip(tokens[slot], logprobs[slot], finite[slot], strict=True):
-                seat.accept(token, logprob, is_finite)
+    def _read_back(self, sampled: Sequence[Sampled], rows: Sequence[int], slots: Sequence[int]) -> None:
+        """Hand the tokens of so many steps to the seats: row r of the steps belongs to the slot beside it."""
+        tokens = torch.stack([s.tokens_B for s in sampled]).tolist()
+        logprobs = torch.stack([s.logprobs_B for s in sampled]).tolist()
+        finite = torch.stack([s.finite_B for s in sampled]).tolist()
+        tops = [_likeliest(s) for s in sampled]
+        for row, slot in zip(rows, slots, strict=True):
+            seat = self.seats[slot]
+            for step, top in enumerate(tops):
+                if not finite[step][row]:
+                    self._not_finite.add(slot)
+                seat.accept(tokens[step][row], logprobs[step][row], finite[step][row], top[row] if top else ())
+
+    def _mark_seen(self, slots: Sequence[int], seats: Sequence[Seat]) -> None:
+        """Note which tokens the prompts hold; the answers' own are noted as they are decoded."""
+        if self._seen_BV is None:
+            self._seen_BV = torch.zeros(self._slots, self.vocab, dtype=torch.bool, device=self.device)
+        for slot, seat in zip(slots, seats, strict=True):
+            self._seen_BV[slot] = seen_tokens([seat], self.vocab, self.device)[0]
 
     def _sampler_rows(self, slots: int) -> SamplerRows:
         if self._rows is None or self._rows.temperature_B.shape[0] != slots:
             taken = [self.seats.get(slot) for slot in range(slots)]
-            rows = [EMPTY if s is None else (s.request.sampling, s.key) for s in taken]
-            self._rows = SamplerRows.of(rows, self.device)
+            self._rows = SamplerRows.of([EMPTY if s is None else s.sampler_row for s in taken], self.device)
         return self._rows
+
+
+def seen_tokens(seats: Sequence[Seat], vocab: int, device: torch.device) -> Tensor:
+    """[B, V]: True for the tokens of each seat's prompt."""
+    seen_BV = torch.zeros(len(seats), vocab, dtype=torch.bool, device=device)
+    for row, seat in enumerate(seats):
+        seen_BV[row, torch.tensor(seat.request.prompt_ids, device=device)] = True
+    return seen_BV
+
+
+def _likeliest(sampled: Sampled) -> list[list[tuple[int, float]]]:
+    """For each row, its likeliest tokens with their log-probabilities; empty if no row asked."""
+    if sampled.top_tokens_BK is None or sampled.top_logprobs_BK is None:
+        return []
+    tokens, logprobs = sampled.top_tokens_BK.tolist(), sampled.top_logprobs_BK.tolist()
+    return [list(zip(t, p, strict=True)) for t, p in zip(tokens, logprobs, strict=True)]

@@ -9,46 +9,105 @@ heads per key/value head, D head dim. Outputs have the query's dtype; log-sum-ex
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """What a layer's attention is besides softmax(q k^T): the same for every token of the layer.
+
+    scale     factor of the scores
+    window    a token sees itself and this many minus one before it; None is all
+    softcap   scores become softcap * tanh(score / softcap) (Gemma 2); None is off
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def scores(self, raw: Tensor) -> Tensor:
+        """Scaled and capped scores, float32, from q k^T in float32."""
+        scaled = raw * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
 def attend_reference(
-    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float, mask_TS: Tensor | None = None
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, rule: AttentionRule, mask_TS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in plain torch, in float32 inside; `mask_TS` is True where a query may look.
 
-    Returns the output [H, T, D] and the log-sum-exp [H, T] of the scaled scores.
+    A query that may look nowhere gets zeros. The rule's window is the caller's matter, by the mask.
+    Returns the output [H, T, D] and the log-sum-exp [H, T] of the scores.
     """
     heads, tokens, dim = q_HTD.shape
     groups = heads // k_KSD.shape[0]
     q_KGTD = q_HTD.reshape(-1, groups, tokens, dim).float()
-    scores_KGTS = torch.matmul(q_KGTD, k_KSD[:, None].float().transpose(-1, -2)) * scale
+    scores_KGTS = rule.scores(torch.matmul(q_KGTD, k_KSD[:, None].float().transpose(-1, -2)))
     if mask_TS is not None:
         scores_KGTS = scores_KGTS.masked_fill(~mask_TS, float("-inf"))
     lse_KGT = torch.logsumexp(scores_KGTS, dim=-1)
-    out_KGTD = torch.matmul(torch.softmax(scores_KGTS, dim=-1), v_KSD[:, None].float())
+    weights_KGTS = (
+        torch.nan_to_num(torch.softmax(scores_KGTS, dim=-1))
+        if mask_TS is not None
+        else (torch.softmax(scores_KGTS, dim=-1))
+    )
+    out_KGTD = torch.matmul(weights_KGTS, v_KSD[:, None].float())
     return out_KGTD.reshape(heads, tokens, dim).to(q_HTD.dtype), lse_KGT.reshape(heads, tokens)
 
 
-def attend_segment(q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention of one row's queries to one segment, causal within it or to all of it.
+def attend_causal(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
+    """A row's attention to itself: each token to those before it within the window, and to itself.
 
-    Same result as `attend_reference`, by torch's flash kernel where the device has one. The bits
-    depend on this row's own lengths only. Returns [H, T, D] and [H, T].
+    By torch's flash kernel where the device has one and the rule allows. A row longer than the window
+    goes in blocks of a window's length, each against the keys it can see. The bits depend on this
+    row's own length only. Returns [H, T, D] and [H, T].
     """
-    flash = _flash_kernel(q_HTD)
-    if flash is None:
-        mask_TS = None
-        if causal:
-            mask_TS = torch.ones(q_HTD.shape[1], k_KSD.shape[1], dtype=torch.bool, device=q_HTD.device).tril()
-        return attend_reference(q_HTD, k_KSD, v_KSD, scale, mask_TS)
-    out_1HTD, lse_1HT = flash(q_HTD[None], k_KSD[None], v_KSD[None], 0.0, causal, scale=scale)[:2]
+    tokens = q_HTD.shape[1]
+    if rule.window is None or tokens <= rule.window:
+        flash = _flash_kernel(q_HTD, rule)
+        if flash is not None:
+            out_1HTD, lse_1HT = flash(q_HTD[None], k_KTD[None], v_KTD[None], 0.0, True, scale=rule.scale)[:2]
+            return out_1HTD[0], lse_1HT[0, :, :tokens]
+        return attend_reference(q_HTD, k_KTD, v_KTD, rule, visible(0, tokens, 0, tokens, None, q_HTD.device))
+    blocks = []
+    for first in range(0, tokens, rule.window):
+        end, begin = min(first + rule.window, tokens), max(0, first - rule.window + 1)
+        mask_TS = visible(first, end, begin, end, rule.window, q_HTD.device)
+        blocks.append(attend_reference(q_HTD[:, first:end], k_KTD[:, begin:end], v_KTD[:, begin:end], rule, mask_TS))
+    return torch.cat([out for out, _ in blocks], dim=1), torch.cat([lse for _, lse in blocks], dim=1)
+
+
+def visible(
+    first_query: int, end_query: int, first_key: int, end_key: int, window: int | None, device: torch.device
+) -> Tensor:
+    """[T, S]: True where the token at a query's position may see the one at a key's."""
+    query_T1 = torch.arange(first_query, end_query, device=device)[:, None]
+    key_S = torch.arange(first_key, end_key, device=device)
+    seen_TS = key_S <= query_T1
+    return seen_TS if window is None else seen_TS & (key_S > query_T1 - window)
+
+
+def attend_segment(
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, rule: AttentionRule, mask_TS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries to a segment that lies wholly before them, all of it or where the mask is True.
+
+    Returns [H, T, D] and [H, T].
+    """
+    flash = _flash_kernel(q_HTD, rule)
+    if flash is None or mask_TS is not None:
+        return attend_reference(q_HTD, k_KSD, v_KSD, rule, mask_TS)
+    out_1HTD, lse_1HT = flash(q_HTD[None], k_KSD[None], v_KSD[None], 0.0, False, scale=rule.scale)[:2]
     return out_1HTD[0], lse_1HT[0, :, : q_HTD.shape[1]]
 
 
-def _flash_kernel(q_HTD: Tensor):  # type: ignore[no-untyped-def]  # torch's operators are untyped
-    """The flash operator of this tensor's device and dtype, or None where only the reference can run."""
+def _flash_kernel(q_HTD: Tensor, rule: AttentionRule):  # type: ignore[no-untyped-def]  # torch's operators are untyped
+    """The flash operator for this device, dtype and rule, or None where only the reference can run."""
+    if rule.softcap is not None:
+        return None
     if q_HTD.device.type == "cpu" and q_HTD.dtype in (torch.float32, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if q_HTD.device.type == "cuda" and q_HTD.dtype in (torch.float16, torch.bfloat16) and q_HTD.shape[-1] % 8 == 0:
@@ -69,9 +128,9 @@ def _cuda_flash(
 
 
 def attend_cache(
-    q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, lengths_B: Tensor, scale: float
+    q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, lengths_B: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
-    """One query per slot against the slot's own keys and values, of which the first `lengths_B` count.
+    """One query per slot, at its row's end, against the slot's keys and values, of which the first `lengths_B` count.
 
     Matrix products over the whole static cache rather than a masked fused kernel: their bits do not
     depend on the slot or on the neighbours. Returns [B, H, D] and [B, H].
@@ -79,9 +138,12 @@ def attend_cache(
     slots, heads, dim = q_BHD.shape
     kv_heads, positions = k_BKSD.shape[1], k_BKSD.shape[2]
     q_BKGD = q_BHD.reshape(slots, kv_heads, heads // kv_heads, dim)
-    scores_BKGS = torch.matmul(q_BKGD, k_BKSD.transpose(-1, -2)).float() * scale
-    beyond_BS = torch.arange(positions, device=q_BHD.device) >= lengths_B[:, None]
-    scores_BKGS = scores_BKGS.masked_fill(beyond_BS[:, None, None], float("-inf"))
+    scores_BKGS = rule.scores(torch.matmul(q_BKGD, k_BKSD.transpose(-1, -2)).float())
+    position_S = torch.arange(positions, device=q_BHD.device)
+    hidden_BS = position_S >= lengths_B[:, None]
+    if rule.window is not None:
+        hidden_BS = hidden_BS | (position_S < lengths_B[:, None] - rule.window)
+    scores_BKGS = scores_BKGS.masked_fill(hidden_BS[:, None, None], float("-inf"))
     lse_BKG = torch.logsumexp(scores_BKGS, dim=-1)
     weights_BKGS = torch.exp(scores_BKGS - lse_BKG[..., None])
     out_BKGD = torch.matmul(weights_BKGS.to(v_BKSD.dtype), v_BKSD)

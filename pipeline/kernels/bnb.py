@@ -1,4 +1,4 @@
-"""The bitsandbytes library as a kernel: 4-bit quantization and dequantization on CPU and CUDA."""
+"""The bitsandbytes library as a kernel: 4-bit weights and LLM.int8() on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
+from pipeline.kernels.linear8bit import Int8Weight
 from pipeline.kernels.packed4bit import NestedAbsmax, Packed4bit
 
 
@@ -42,7 +43,7 @@ def bitsandbytes() -> ModuleType:
 
 
 def can_run(device_type: str) -> str | None:
-    """Why bitsandbytes cannot run 4-bit weights on this kind of device, or None if it can."""
+    """Why bitsandbytes cannot run its weights on this kind of device, or None if it can."""
     if device_type not in ("cpu", "cuda"):
         return f"bitsandbytes kernels run on cpu and cuda, not on {device_type}"
     return None
@@ -84,3 +85,24 @@ def dequantize_4bit(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
         weight.packed.reshape(-1, 1), absmax.float(), weight.blocksize, weight.quant_type, shape, dtype
     )
     return out.reshape(rows, columns)
+
+
+def quantize_8bit(weight_NK: Tensor, threshold: float) -> Int8Weight:
+    """Quantize a weight on its own device, row by row, to int8; by way of float16, as bitsandbytes does."""
+    codes_NK, scales_N, _ = bitsandbytes().functional.int8_vectorwise_quant(weight_NK.to(torch.float16))
+    return Int8Weight(codes_NK, scales_N, threshold)
+
+
+def linear_8bit(x_MK: Tensor, weight: Int8Weight, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b, [M, N] in x's dtype, by bitsandbytes' own kernels."""
+    functional, ops = bitsandbytes().functional, torch.ops.bitsandbytes
+    codes_MK, scales_M, outliers = functional.int8_vectorwise_quant(x_MK.to(torch.float16), weight.threshold)
+    if weight.threshold > 0:
+        out_MN: Tensor = ops.int8_mixed_scaled_mm.default(
+            x_MK, codes_MK, weight.codes_NK, scales_M, weight.scales_N, outliers, bias_N
+        )[0]
+    else:
+        out_MN = ops.int8_scaled_mm.default(
+            codes_MK, weight.codes_NK, scales_M, weight.scales_N, bias=bias_N, dtype=x_MK.dtype
+        )
+    return out_MN

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.plan import ModelGeometry
 from pipeline.errors import ConfigError
+from pipeline.kernels.attention import AttentionRule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,9 +17,16 @@ if TYPE_CHECKING:
 
 ATTENTION = "pipeline_segments"
 """The name our attention is registered under in transformers' AttentionInterface."""
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-FIXED_ROPE = ("default", "linear", "llama3")
-"""RoPE types whose angles do not depend on the length of the row."""
+SUPPORTED = (
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "jais2", "llama", "ministral", "ministral3", "mistral",
+    "nanochat", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "vaultgemma",
+)  # fmt: skip
+"""Decoders with full or sliding-window attention; each is held against transformers' own in the tests."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
+"""RoPE variants. Dynamic NTK changes its angles only beyond the model's positions, where no row goes;
+long RoPE is chosen per row (`rope.py`)."""
 
 
 def load_config(path: str, folder: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -35,30 +43,24 @@ def load_config(path: str, folder: str, trust_remote_code: bool) -> PretrainedCo
 
 
 def check_supported(config: PretrainedConfig, path: str) -> None:
-    """Raise ConfigError unless the model is a decoder with full attention and a fixed RoPE."""
+    """Raise ConfigError unless the model is a decoder that has been held against transformers' own."""
     if config.model_type not in SUPPORTED:
         raise ConfigError(
             f"model.path={path} is a {config.model_type} model, which is not supported; "
-            f"choose one of {', '.join(SUPPORTED)}"
+            f"supported are {', '.join(SUPPORTED)}"
         )
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    windowed = window is not None and (config.model_type == "mistral" or "sliding_attention" in layer_types)
-    if windowed and window < config.max_position_embeddings:
-        raise ConfigError(
-            f"model.path={path} uses sliding-window attention ({window} tokens), which is not supported yet"
-        )
-    rope = rope_type(config)
-    if rope not in FIXED_ROPE:
-        raise ConfigError(
-            f"model.path={path} uses {rope} RoPE, whose angles depend on the row's length, which is not supported yet"
-        )
+    for rope in rope_types(config):
+        if rope not in ROPE_TYPES:
+            raise ConfigError(
+                f"model.path={path} uses {rope} RoPE, which is not supported; supported are {', '.join(ROPE_TYPES)}"
+            )
 
 
-def rope_type(config: PretrainedConfig) -> str:
-    """The RoPE variant's name in transformers' terms."""
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """The RoPE variants' names in transformers' terms: one, or one for each type of layer."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    return str(parameters.get("rope_type", "default"))
+    nested: list[Mapping[str, Any]] = [p for p in parameters.values() if isinstance(p, dict)]
+    return {str(p.get("rope_type", "default")) for p in (nested or [parameters])}
 
 
 def geometry_of(config: PretrainedConfig) -> ModelGeometry:
@@ -90,16 +92,17 @@ def attention_segments(
     attention_mask: Tensor | None,
     *,
     attention_pass: AttentionPass,
-    scaling: float,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention call on a flat pass: query [1, H, T, D], key and value [1, K, T, D] to [1, T, H, D]."""
     assert attention_mask is None, "masks are the pass's own matter"
-    assert softcap is None, "soft-capped attention is refused before loading"
     assert s_aux is None, "attention sinks are refused before loading"
     layer = module.layer_idx
     assert isinstance(layer, int)
-    out_THD = attention_pass.attend(layer, query[0], key[0], value[0], scaling)
+    rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    out_THD = attention_pass.attend(layer, query[0], key[0], value[0], rule)
     return out_THD[None], None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.attention import AttentionPass
+from pipeline.models.rope import RowLongRope
 from pipeline.quant.linear import QuantLinear
 
 
@@ -22,11 +23,14 @@ class TransformersDecoder:
         self.unused_tensors = unused_tensors
         self.dtype = dtype
         self.device = device
+        self._row_ropes = [module for module in model.modules() if isinstance(module, RowLongRope)]
 
     def logits(
         self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass, wanted_L: Tensor | None
     ) -> Tensor:
         """Float32 logits [L, V] at the pass's indices `wanted_L` (all T if None)."""
+        for rope in self._row_ropes:
+            rope.reach_T = attention.reach_T
         out = self.model(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
@@ -46,7 +50,7 @@ class TransformersDecoder:
     def cache_dequantized(self, budget_bytes: int) -> int:
         """Keep dequantized weights, layer after layer, while they fit the budget; returns the bytes taken."""
         taken = 0
-        for _, linear in self.quant_linears():
+        for linear in (linear for _, linear in self.quant_linears() if linear.cacheable):
             if taken + linear.dense_bytes > budget_bytes:
                 break
             linear.cache_weight()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.registry import Kernel
 from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head
-from pipeline.quant.bnb4bit import Bnb4bitLinear
+from pipeline.models.rope import install_row_rope
+from pipeline.quant.format import StorageFormat
 from pipeline.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -22,14 +23,26 @@ if TYPE_CHECKING:
 
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Buffers that old checkpoints carry and models compute themselves."""
-Progress = Callable[[Iterable[TensorInfo]], Iterable[TensorInfo]]
+RENAMED = {"embed_out.": "lm_head."}
+"""Names that checkpoints use and transformers' models do not any more (GPT-NeoX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The next thing to load: what fills one parameter, or all stored tensors of a quantized Linear, by leaf."""
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    stored: bool = False
+
+
+Progress = Callable[[Sequence[Load]], Iterable[Load]]
 
 
 def load_model(
     checkpoint: Checkpoint,
     config: PretrainedConfig,
-    spec: QuantSpec,
-    kernel: Kernel | None,
+    quant: StorageFormat | None,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -38,20 +51,86 @@ def load_model(
 ) -> TransformersDecoder:
     """Build the model without memory, then fill it tensor by tensor; raises ConfigError on a bad checkpoint.
 
-    `kernel` serves the quantized Linears and is None exactly when `spec` is unquantized. `progress`
-    wraps the tensors, for a progress bar.
+    `quant` is the format of the quantized Linears, None if there are none. `progress` wraps the loads,
+    for a progress bar.
     """
     model = _skeleton(config, dtype, trust_remote_code)
-    unknown = set(checkpoint.tensors)
-    for info, name in _in_order(checkpoint, model, progress):
-        unknown.discard(info.name)
-        weight = _read(info).to(device=device, dtype=dtype)
-        _place(model, name, weight, info, spec, kernel)
+    loads = plan_loads(checkpoint, model, quant)
+    for load in progress(loads):
+        _run(load, model, quant, dtype, device)
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
+    install_row_rope(model, config)
     _finish(model, checkpoint, device)
     _widen_head(model)
-    unused = tuple(sorted(name for name in unknown if not name.endswith(RECOMPUTED)))
+    used = {info.name for load in loads for info in load.tensors.values()}
+    unused = tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
+
+
+def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:
+    """What to load in which order: biases before weights, since a quantized Linear is built from both."""
+    wanted = set(model.state_dict()) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    by_module: dict[str, dict[str, TensorInfo]] = {}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    loads: list[Load] = []
+    for info in checkpoint.tensors.values():
+        path, leaf = _split(_model_name(info.name, wanted, linears, model), linears)
+        if path in linears and quant is not None:
+            by_module.setdefault(path, {})[leaf] = info
+        elif f"{path}.{leaf}" in wanted:
+            loads.append(Load(path, {leaf: info}))
+    for path, leaves in by_module.items():
+        assert quant is not None
+        stored = quant.stored_leaves(leaves)
+        if stored:
+            loads.append(Load(path, {leaf: leaves[leaf] for leaf in sorted(stored)}, stored=True))
+        loads += [Load(path, {leaf: info}) for leaf, info in leaves.items() if leaf not in stored]
+    wanted_loads = [load for load in loads if load.stored or f"{load.path}.{next(iter(load.tensors))}" in wanted]
+    return sorted(wanted_loads, key=lambda load: ("bias" not in load.tensors, load.path))
+
+
+def _split(name: str, linears: set[str]) -> tuple[str, str]:
+    """A tensor's module path and leaf; a leaf may have dots where it belongs to a Linear (weight.absmax)."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        path = ".".join(parts[:end])
+        if path in linears:
+            return path, ".".join(parts[end:])
+    return ".".join(parts[:-1]), parts[-1]
+
+
+def _model_name(name: str, wanted: set[str], linears: set[str], model: nn.Module) -> str:
+    """A checkpoint's name in the model's terms: old names renamed, the base model's prefix added where it lacks."""
+    for old, new in RENAMED.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+    prefixed = f"{getattr(model, 'base_model_prefix', 'model')}.{name}"
+    known = prefixed in wanted or _split(prefixed, linears)[0] in linears
+    return prefixed if known and name not in wanted else name
+
+
+def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Read a load's tensors and put them where they belong."""
+    if not load.stored:
+        leaf, info = next(iter(load.tensors.items()))
+        _place(model, load.path, leaf, _read(info).to(device=device, dtype=dtype), info, quant)
+        return
+    assert quant is not None
+    tensors = {leaf: _read(info).to(device) for leaf, info in load.tensors.items()}
+    bias = getattr(model.get_submodule(load.path), "bias", None)
+    info = load.tensors["weight"] if "weight" in load.tensors else next(iter(load.tensors.values()))
+    try:
+        linear = quant.restore(tensors, None if bias is None else bias.data, dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{info.file}: {load.path}: {error}; fetch the checkpoint again") from error
+    expected = model.get_submodule(load.path)
+    assert isinstance(expected, nn.Linear)
+    if (linear.in_features, linear.out_features) != (expected.in_features, expected.out_features):
+        raise ConfigError(
+            f"{info.file}: {load.path} is {linear.out_features} x {linear.in_features}, but config.json asks for "
+            f"{expected.out_features} x {expected.in_features}; fetch the checkpoint again"
+        )
+    model.set_submodule(load.path, linear)
 
 
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -67,22 +146,6 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: b
     return model
 
 
-def _in_order(checkpoint: Checkpoint, model: nn.Module, progress: Progress) -> Iterable[tuple[TensorInfo, str]]:
-    """Biases before weights (a quantized Linear is built from both), with the parameter each tensor fills."""
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    infos = sorted(checkpoint.tensors.values(), key=lambda i: (i.name.endswith(".weight"), str(i.file), i.name))
-    for info in progress(infos):
-        name = _parameter_name(info.name, wanted, model)
-        if name is not None:
-            yield info, name
-
-
-def _parameter_name(name: str, wanted: dict[str, nn.Parameter], model: nn.Module) -> str | None:
-    """The parameter that a tensor fills, or None for one the model does not have (old RoPE buffers, say)."""
-    prefixed = f"{getattr(model, 'base_model_prefix', 'model')}.{name}"
-    return next((candidate for candidate in (name, prefixed) if candidate in wanted), None)
-
-
 def _read(info: TensorInfo) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
@@ -95,10 +158,9 @@ def _read(info: TensorInfo) -> Tensor:
 
 
 def _place(
-    model: nn.Module, name: str, weight: Tensor, info: TensorInfo, spec: QuantSpec, kernel: Kernel | None
+    model: nn.Module, path: str, leaf: str, weight: Tensor, info: TensorInfo, quant: StorageFormat | None
 ) -> None:
-    """Put a tensor where it belongs, as it is or as a quantized Linear."""
-    path, _, leaf = name.rpartition(".")
+    """Put an unquantized tensor where it belongs, as it is or as a Linear quantized in flight."""
     module = model.get_submodule(path)
     expected = getattr(module, leaf).shape
     if weight.shape != expected:
@@ -106,18 +168,19 @@ def _place(
             f"{info.file}: tensor {info.name} has shape {list(weight.shape)}, but config.json asks for "
             f"{list(expected)}; fetch the checkpoint again"
         )
-    if kernel is not None and leaf == "weight" and _is_quantized(model, path, module, spec):
+    if quant is not None and leaf == "weight" and _is_quantized(model, path, module, quant.spec):
         bias = getattr(module, "bias", None)
-        linear = Bnb4bitLinear.quantize(weight, None if bias is None else bias.data, spec, kernel)
-        model.set_submodule(path, linear)
+        model.set_submodule(path, quant.quantize(weight, None if bias is None else bias.data))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = weight
     else:
         module.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
 
 
 def _is_quantized(model: nn.Module, path: str, module: nn.Module, spec: QuantSpec) -> bool:
-    """Every Linear but the output head (as bitsandbytes' users expect) and the modules to skip."""
+    """Quantized in flight: every Linear but the output head (as bitsandbytes' users expect) and those to skip."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return type(module) is nn.Linear and module is not head and not spec.skips(path)
+    return not spec.stored and type(module) is nn.Linear and module is not head and not spec.skips(path)
 
 
 def _finish(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:

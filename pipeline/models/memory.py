@@ -24,6 +24,7 @@ from pipeline.settings import ModelSettings
 if TYPE_CHECKING:
     import torch
 
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 AUTO_SHARE = 0.85
 """Share of the memory free at the start that `model.memory=auto` takes."""
 CACHE_SHARE = 0.5
@@ -179,9 +180,12 @@ def weight_bytes(checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype, de
         count = math.prod(info.shape)
         module = info.name.removesuffix(".weight")
         linear = len(info.shape) == 2 and not any(part in module for part in ("embed", "lm_head", "wte"))
-        if spec.quantized and linear and not spec.skips(module):
+        if (spec.stored and info.dtype not in FLOAT_DTYPES) or ".weight." in info.name:
+            total += info.num_bytes
+            dense += count * 2 * dtype.itemsize if spec.bits == 4 and info.name.endswith(".weight") else 0
+        elif spec.quantized and not spec.stored and linear and not spec.skips(module):
             total += int(count * spec.bytes_per_weight)
-            dense += count * dtype.itemsize
+            dense += count * dtype.itemsize if spec.bits == 4 else 0
         else:
             total += count * dtype.itemsize
     return total + _head_copy_bytes(checkpoint, dtype, device_type), dense

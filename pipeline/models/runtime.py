@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.plan import EnginePlan
-from pipeline.kernels.registry import DEQUANTIZE_4BIT, Kernel, choose
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.memory import (
@@ -28,8 +27,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pipeline.engine.engine import Engine
+    from pipeline.engine.seat import Decode
     from pipeline.models.decoder import TransformersDecoder
     from pipeline.models.loader import Progress
+    from pipeline.quant.format import StorageFormat
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Runtime:
     place: Placement
     transformers_config: PretrainedConfig
     device: torch.device
-    kernel: Kernel | None
+    quant: StorageFormat | None
     kernel_reason: str
     shapes: EnginePlan
     memory: MemoryPlan
@@ -52,7 +53,7 @@ class Runtime:
     @property
     def kernel_name(self) -> str:
         """The kernel of the quantized Linears, or torch where none is quantized."""
-        return "torch" if self.kernel is None else self.kernel.name
+        return "torch" if self.quant is None else self.quant.kernel.name
 
     def resolved(self) -> dict[str, Any]:
         """What was settled and changes bits: part of the fingerprint."""
@@ -68,11 +69,11 @@ class Runtime:
         dtype = str(self.place.dtype).removeprefix("torch.")
         return (
             f"{self.place.checkpoint.name}: {self.spec.describe()} weights, {dtype}, on {self.device}, "
-            f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.kernel else "")
+            f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.quant else "")
         )
 
-    def load(self, trust_remote_code: bool, progress: Progress) -> tuple[TransformersDecoder, Engine]:
-        """Read the weights and make the engine; raises ConfigError on a bad checkpoint."""
+    def load(self, trust_remote_code: bool, progress: Progress, decode: Decode) -> tuple[TransformersDecoder, Engine]:
+        """Read the weights and make the engine, which finds stop texts by `decode`; ConfigError on a bad checkpoint."""
         from pipeline.engine.engine import Engine
         from pipeline.engine.kv_cache import KVCache
         from pipeline.models.loader import load_model
@@ -81,15 +82,16 @@ class Runtime:
         model = load_model(
             place.checkpoint,
             self.transformers_config,
-            place.spec,
-            self.kernel,
+            self.quant,
             place.dtype,
             self.device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
         model.cache_dequantized(self.memory.dequant_cache)
-        engine = Engine(model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device)
+        engine = Engine(
+            model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device, decode
+        )
         return model, engine
 
 
@@ -98,12 +100,12 @@ def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Ma
 
     `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
     """
+    from pipeline.quant.format import format_of
+
     spec = resolve_spec(config.quant, checkpoint.config, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
     device = resolve_device(config.model)
-    kernel, reason = (None, "")
-    if spec.quantized:
-        kernel, reason = choose(DEQUANTIZE_4BIT, config.quant.kernel, device.type)
+    quant, reason = format_of(spec, config.quant.kernel, device.type)
     place = Placement(
         checkpoint=checkpoint,
         geometry=geometry_of(transformers_config),
@@ -117,4 +119,4 @@ def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Ma
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
-    return Runtime(place, transformers_config, device, kernel, reason, shapes, memory)
+    return Runtime(place, transformers_config, device, quant, reason, shapes, memory)

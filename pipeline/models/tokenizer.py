@@ -28,6 +28,10 @@ class Tokenizer:
                 f"model.tokenizer: {folder} has only a slow tokenizer; convert it to tokenizer.json or name another"
             )
 
+        self._backend = self._tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer brings a chat template."""
@@ -47,14 +51,14 @@ class Tokenizer:
         return text
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text, as a batch, neither padded nor truncated."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        """Token ids of each text, as a batch in the tokenizer's own threads, neither padded nor truncated."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and for each token where in the text it begins and ends."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence, special tokens left out."""

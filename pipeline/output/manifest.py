@@ -145,14 +145,23 @@ def diff(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
     return [f"{key}: {' -> '.join(_shortened(old.get(key, '(absent)'), new.get(key, '(absent)')))}" for key in changed]
 
 
-def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path) -> None:
-    """ConfigError unless the fingerprint of `output_dir` equals that of the run that is asked for."""
+def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path, *, started: bool = True) -> None:
+    """ConfigError unless the fingerprint of `output_dir` equals that of the run that is asked for.
+
+    `started` tells whether any row is done, which decides on the remedy.
+    """
     lines = diff(then, now)
     if not lines:
         return
     more = [f"and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
+    differences = "; ".join(lines[:_SHOWN_DIFFERENCES] + more)
+    if not started:
+        raise ConfigError(
+            f"output.dir {output_dir} was begun with other settings: {differences}; no row is done yet, so remove "
+            "its run.json to begin again with these"
+        )
     raise ConfigError(
-        f"output.dir {output_dir} holds results of another run: {'; '.join(lines[:_SHOWN_DIFFERENCES] + more)}; "
+        f"output.dir {output_dir} holds results of another run: {differences}; "
         "use another output.dir or the settings it was made with"
     )
 
@@ -196,6 +205,12 @@ def _lock(path: Path, lock: Claims) -> None:
                 f"{path} was kept locked by another process for {_LOCK_S:.0f} s; run the same command again"
             )
         time.sleep(_RETRY_S)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of run.json left beside it; for when no chunk is left to do."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        discard(leftover)
 
 
 def _temporary(path: Path) -> Path:

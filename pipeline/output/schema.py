@@ -20,27 +20,61 @@ _COMMON = (
     ("completion_tokens", pa.int32()),
     ("cumulative_logprob", pa.float64()),
 )
+_BY_LABEL = pa.map_(pa.string(), pa.float64())
+"""Label to number where each row has labels of its own. The run's own labels make a struct instead: it reads
+the same in SQL (`label_probs['x']`) and as a dict in Python, and `datasets`, which has no maps, opens it too."""
 _BY_TASK = {
     "generate": (),
     "label": (
         ("label", pa.string()),
-        ("label_probs", pa.map_(pa.string(), pa.float64())),
-        ("label_logprob", pa.map_(pa.string(), pa.float64())),
+        ("label_probs", _BY_LABEL),
+        ("label_logprob", _BY_LABEL),
         ("margin", pa.float64()),
         ("entropy", pa.float64()),
     ),
 }
 
+_LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float64())])
+_LOGPROBS = pa.list_(pa.struct([*_LOGPROB, pa.field("top", pa.list_(_LOGPROB))]))
+_ON_REQUEST = {
+    "token_ids": pa.list_(pa.int32()),
+    "logprobs": _LOGPROBS,
+    "choices": pa.list_(
+        pa.struct(
+            [
+                ("completion", pa.string()),
+                ("finish_reason", pa.string()),
+                ("completion_tokens", pa.int32()),
+                ("cumulative_logprob", pa.float64()),
+                ("token_ids", pa.list_(pa.int32())),
+                ("logprobs", _LOGPROBS),
+            ]
+        )
+    ),
+}
 
-def output_fields(task: str) -> list[pa.Field]:
-    """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task."""
+
+def output_fields(task: str, on_request: Sequence[str] = (), labels: Sequence[str] | None = None) -> list[pa.Field]:
+    """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task.
+
+    `on_request` names those that are there only if asked for: token_ids, logprobs, choices. `labels`
+    are those of the run; None if each row has its own.
+    """
     if task not in _BY_TASK:
         raise ConfigError(f"task must be one of {', '.join(_BY_TASK)}, got {task}")
-    return [pa.field(name, kind) for name, kind in (*_COMMON, *_BY_TASK[task])]
+    extra = [(name, _ON_REQUEST[name]) for name in on_request]
+    by_label = _BY_LABEL if labels is None else pa.struct([(label, pa.float64()) for label in labels])
+    columns = (*_COMMON, *_BY_TASK[task], *extra)
+    return [pa.field(name, by_label if kind is _BY_LABEL else kind) for name, kind in columns]
 
 
 def results_schema(
-    input_schema: pa.Schema, input_columns: Sequence[str] | None, task: str, metadata: Mapping[str, str]
+    input_schema: pa.Schema,
+    input_columns: Sequence[str] | None,
+    task: str,
+    metadata: Mapping[str, str],
+    on_request: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> pa.Schema:
     """The schema of `results/`: `input_columns` (None is all of them) in their order, then the task's.
 
@@ -49,7 +83,7 @@ def results_schema(
     the name of an output column.
     """
     kept = input_schema.names if input_columns is None else list(input_columns)
-    added = output_fields(task)
+    added = output_fields(task, on_request, labels)
     _require_known(kept, input_schema.names)
     _require_free(kept, [field.name for field in added])
     fields = [input_schema.field(name) for name in kept] + added

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
-from pipeline.kernels.packed4bit import NestedAbsmax, Packed4bit
-from pipeline.kernels.registry import Kernel
+from pipeline.kernels.packed4bit import CODES, NestedAbsmax, Packed4bit
+from pipeline.kernels.registry import Dequantize4bit, Kernel
 from pipeline.quant.linear import QuantLinear
 from pipeline.quant.spec import QuantSpec
 
+STATE = "weight.quant_state.bitsandbytes__"
+"""Begins the name of the tensor that holds a weight's other values as JSON bytes; the code's name follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb4bitFormat:
+    """How bitsandbytes' 4-bit Linears come about: quantized in flight, or from a checkpoint it saved."""
+
+    spec: QuantSpec
+    kernel: Kernel[Dequantize4bit]
+
+    def quantize(self, weight_NK: Tensor, bias: Tensor | None) -> QuantLinear:
+        """Quantize in flight, on the weight's device, from the weight in the model's dtype."""
+        packed = bnb.quantize_4bit(weight_NK, self.spec.quant_type, self.spec.blocksize, self.spec.double_quant)
+        return Bnb4bitLinear(packed, bias, weight_NK.dtype, self.kernel)
+
+    def stored_leaves(self, leaves: Iterable[str]) -> set[str]:
+        """Which of a module's tensors make up a quantized weight; none if it is stored unquantized."""
+        return {leaf for leaf in leaves if leaf == "weight" or leaf.startswith("weight.")} - (
+            set() if any(leaf.startswith(STATE) for leaf in leaves) else {"weight"}
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+        """From a weight as bitsandbytes saves it (its QuantState.as_dict), by what follows the module's path.
+
+        "weight" are the packed codes in any storage dtype; "weight.absmax", "weight.quant_map" and, nested,
+        "weight.nested_absmax" and "weight.nested_quant_map" the statistics; STATE + "nf4" or "fp4" has the
+        rest as JSON. Raises ConfigError saying what is missing or does not fit.
+        """
+        return Bnb4bitLinear(read_packed(tensors), bias, dtype, self.kernel)
+
 
 class Bnb4bitLinear(QuantLinear):
-    """A Linear in NF4 or FP4: 4 bits a weight plus one maximum a block of 64."""
+    """A Linear in NF4 or FP4: 4 bits a weight plus one maximum a block."""
 
-    def __init__(self, weight: Packed4bit, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel) -> None:
+    def __init__(
+        self, weight: Packed4bit, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel[Dequantize4bit]
+    ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias, dtype)
         self._kernel = kernel
         self._weight = weight
-
-    @classmethod
-    def quantize(cls, weight_NK: Tensor, bias: Tensor | None, spec: QuantSpec, kernel: Kernel) -> Bnb4bitLinear:
-        """Quantize in flight, on the weight's device, from the weight in the model's dtype."""
-        packed = bnb.quantize_4bit(weight_NK, spec.quant_type, spec.blocksize, spec.double_quant)
-        return cls(packed, bias, weight_NK.dtype, kernel)
 
     def dequantize(self) -> Tensor:
         """The weight [N, K] in the model's dtype."""
@@ -35,9 +67,39 @@ class Bnb4bitLinear(QuantLinear):
         """Bytes of codes and block maxima."""
         tensors = [self._weight.packed, self._weight.absmax]
         if self._weight.nested is not None:
-            tensors += _nested_tensors(self._weight.nested)
+            tensors += [self._weight.nested.absmax, self._weight.nested.code, self._weight.nested.offset]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _nested_tensors(nested: NestedAbsmax) -> list[Tensor]:
-    return [nested.absmax, nested.code, nested.offset]
+def read_packed(tensors: Mapping[str, Tensor]) -> Packed4bit:
+    """The weight in a set of saved tensors; raises ConfigError naming what is wrong."""
+    try:
+        state_name = next(name for name in tensors if name.startswith(STATE))
+        state = json.loads(bytes(tensors[state_name].cpu().tolist()))
+        packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1)
+        nested = _read_nested(tensors, state) if "weight.nested_absmax" in tensors else None
+        rows, columns = state["shape"]
+        weight = Packed4bit(
+            packed=packed,
+            absmax=tensors["weight.absmax"],
+            nested=nested,
+            quant_type=state["quant_type"],
+            blocksize=state["blocksize"],
+            shape=(rows, columns),
+        )
+    except (StopIteration, KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"its bitsandbytes 4-bit statistics are missing or broken ({error!r})") from error
+    blocks = -(-rows * columns // weight.blocksize)
+    if weight.quant_type not in CODES or packed.numel() * 2 != rows * columns or weight.absmax.numel() != blocks:
+        raise ConfigError(f"its bitsandbytes 4-bit statistics do not fit a weight of {rows} x {columns}")
+    return weight
+
+
+def _read_nested(tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> NestedAbsmax:
+    device = tensors["weight.nested_absmax"].device
+    return NestedAbsmax(
+        absmax=tensors["weight.nested_absmax"],
+        code=tensors["weight.nested_quant_map"],
+        offset=torch.tensor(float(state["nested_offset"]), device=device),
+        blocksize=int(state["nested_blocksize"]),
+    )

@@ -13,8 +13,10 @@ class QuantLinear(nn.Module, ABC):
     """y = x W^T + b with W [N, K] kept quantized; x is [..., K] in the model's dtype.
 
     The weight is dequantized for each pass, or once with `cache_weight`; both give the same bits,
-    since the product is the same dense one.
+    since the product is the same dense one. A format whose product is another one is not `cacheable`.
     """
+
+    cacheable = True
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()

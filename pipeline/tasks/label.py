@@ -17,11 +17,12 @@ Encode = Callable[[str], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """Labels by name, the texts that stand for them, and those texts' token ids."""
+    """Labels by name, the texts that stand for them, and those texts' token ids, `end_tokens` of them an end."""
 
     names: tuple[str, ...]
     verbalizers: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
+    end_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,13 @@ class LabelTask:
         if settings.label_eos and not self._stop:
             raise ConfigError("task.label_eos=true, but the checkpoint names no end token; use task.label_eos=false")
         self._fixed: LabelSet | None = None
+        self.answer_tokens = 1
         if not isinstance(settings.labels, str):
             try:
                 self._fixed = self._make(tuple(settings.labels.items()))
             except ValueError as error:
                 raise ConfigError(f"task.labels: {error}") from error
+            self.answer_tokens = max(map(len, self._fixed.token_ids))
 
     def request(self, request_id: tuple[str, int], prompt_ids: tuple[int, ...], row: Mapping[str, Any]) -> Request:
         """The row's request with its labels as candidates; ValueError if the row's own labels are unusable."""
@@ -110,14 +113,19 @@ class LabelTask:
         abstains = probs[best] < self._abstain_below
         return {
             "completion": None if abstains else labels.verbalizers[best],
-            "completion_tokens": 0 if abstains else len(labels.token_ids[best]),
+            "completion_tokens": 0 if abstains else len(labels.token_ids[best]) - labels.end_tokens,
             "cumulative_logprob": None if abstains else scores.logprobs[best],
             "label": None if abstains else labels.names[best],
-            "label_probs": list(zip(labels.names, probs, strict=True)),
-            "label_logprob": list(zip(labels.names, scores.logprobs, strict=True)),
+            "label_probs": self._by_label(labels, probs),
+            "label_logprob": self._by_label(labels, scores.logprobs),
             "margin": scores.margin,
             "entropy": scores.entropy,
         }
+
+    def _by_label(self, labels: LabelSet, values: Sequence[float]) -> Any:
+        """Label to number: a struct's dict for the run's labels, a map's pairs for a row's own."""
+        pairs = list(zip(labels.names, values, strict=True))
+        return pairs if self._fixed is None else dict(pairs)
 
     def _labels_of(self, row: Mapping[str, Any]) -> LabelSet:
         if self._fixed is not None:
@@ -136,10 +144,11 @@ class LabelTask:
         if len(set(ids)) != len(ids):
             raise ValueError("two labels have the same tokens; give them texts that differ")
         begins_another = any(a != b and b[: len(a)] == a for a in ids for b in ids)
-        if self._eos or (self._eos is None and begins_another):
+        end = bool(self._eos or (self._eos is None and begins_another))
+        if end:
             if not self._stop:
                 raise ValueError(
                     "one label's tokens begin another's, and the checkpoint names no end token to tell them apart"
                 )
             ids = [(*candidate, self._stop[0]) for candidate in ids]
-        return LabelSet(tuple(n for n, _ in labels), tuple(t for _, t in labels), tuple(ids))
+        return LabelSet(tuple(n for n, _ in labels), tuple(t for _, t in labels), tuple(ids), int(end))

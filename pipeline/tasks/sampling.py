@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.core import SamplingParams
@@ -9,12 +11,17 @@ from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.settings import SamplingSettings
 
-NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> SamplingParams:
-    """What null stands for is taken from the checkpoint; its end tokens always stop an answer."""
-    stored = checkpoint.generation_config
+    """What null stands for is taken from the checkpoint; its end tokens always stop an answer.
+
+    A checkpoint that says do_sample: false is greedy. Raises ConfigError on values out of range.
+    """
+    stored = dict(checkpoint.generation_config)
+    if stored.get("do_sample") is False:
+        stored["temperature"] = 0.0
     chosen: dict[str, Any] = {key: getattr(settings, key) for key in NEUTRAL}
     for key, neutral in NEUTRAL.items():
         if chosen[key] is None:
@@ -23,7 +30,42 @@ def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> Sampl
     stop = dict.fromkeys((*checkpoint.stop_token_ids, *settings.stop_token_ids))
     try:
         return SamplingParams(
-            max_new_tokens=settings.max_new_tokens, seed=settings.seed, stop_token_ids=tuple(stop), **chosen
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            stop_token_ids=tuple(stop),
+            stop=settings.stop,
+            n=settings.n,
+            logprobs=settings.logprobs,
+            **chosen,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{error} (from {checkpoint.folder / 'generation_config.json'})") from error
+
+
+INTEGERS = ("max_new_tokens", "top_k", "seed", "n")
+
+
+def row_params(base: SamplingParams, columns: Mapping[str, str], row: Mapping[str, Any]) -> SamplingParams:
+    """The run's parameters with a row's own values in place; a null keeps the run's.
+
+    Raises ValueError with the column and the reason if a value cannot be used.
+    """
+    own = {name: _value(name, column, row[column]) for name, column in columns.items() if row[column] is not None}
+    if "stop_token_ids" in own:
+        own["stop_token_ids"] = tuple(dict.fromkeys((*base.stop_token_ids, *own["stop_token_ids"])))
+    return replace(base, **own)
+
+
+def _value(name: str, column: str, value: Any) -> Any:
+    """A cell as the parameter's type."""
+    try:
+        if name in ("stop", "stop_token_ids"):
+            items = [value] if isinstance(value, (str, int)) else value
+            return tuple(str(x) if name == "stop" else int(x) for x in items)
+        if name == "logprobs":
+            return {True: 0, False: None}[value] if isinstance(value, bool) else int(value)
+        if isinstance(value, bool) or (name in INTEGERS and int(value) != value):
+            raise ValueError
+        return int(value) if name in INTEGERS else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {column} holds {value!r}, which is no {name}") from error

@@ -15,10 +15,11 @@ RequestId = tuple[str, int]
 
 
 class Task(Protocol):
-    """`columns` names the input columns it reads besides the prompt's."""
+    """`columns` are the input columns it reads besides the prompt's, `answer_tokens` the room an answer needs."""
 
     kind: str
     columns: tuple[str, ...]
+    answer_tokens: int
 
     def request(self, request_id: RequestId, prompt_ids: tuple[int, ...], row: Mapping[str, Any]) -> Request:
         """The row's request; raises ValueError with the reason if the row cannot be asked."""

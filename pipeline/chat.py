@@ -1,0 +1,77 @@
+"""A conversation as the text a chat model was trained on: the tokenizer's chat template, applied fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from pipeline.errors import ConfigError
+from pipeline.models.tokenizer import Tokenizer
+
+PROBES = ("x", "  two words\n", "<think>\nno\n</think> {{ braces }} \\n", "\n# a\n\n- b\n")
+"""User messages that tell whether a template passes any text through as it is, or without outer blanks."""
+
+
+class ChatFrame:
+    """The chat template around one user message.
+
+    Most templates put constant text before and after the message. Where rendering the probes shows
+    that, `head` and `tail` are those texts and a message costs a concatenation; otherwise they are
+    empty and each message is rendered.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None, arguments: Mapping[str, Any]) -> None:
+        """Raises ConfigError if the template refuses such a conversation."""
+        self._tokenizer = tokenizer
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._arguments = arguments
+        try:
+            rendered = [self._render(probe) for probe in PROBES]
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(
+                f"the tokenizer's chat template refuses the conversation ({_first_line(error)}); "
+                "drop task.system or task.chat_args, or use task.chat=false"
+            ) from error
+        self.head, _, self.tail = rendered[0].rpartition(PROBES[0])
+        self._strips = rendered == [self.head + probe.strip() + self.tail for probe in PROBES]
+        self._framed = self._strips or rendered == [self.head + probe + self.tail for probe in PROBES]
+        if not self._framed:
+            self.head = self.tail = ""
+
+    def text(self, message: str) -> str:
+        """The conversation with one user message, up to where the answer begins."""
+        if not self._framed:
+            return self._render(message)
+        return self.head + (message.strip() if self._strips else message) + self.tail
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A whole conversation, with the system text in front unless it brings its own."""
+        own_system = bool(messages) and messages[0].get("role") == "system"
+        return self._tokenizer.chat([*([] if own_system else self._system), *messages], self._arguments)
+
+    def _render(self, message: str) -> str:
+        return self._tokenizer.chat([*self._system, {"role": "user", "content": message}], self._arguments)
+
+
+def read_messages(value: Any) -> list[dict[str, str]]:
+    """A row's messages: a list of role and content, or such a list as JSON text; ValueError for anything else."""
+    import json
+
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError("the messages are no list of role and content")
+    messages = []
+    for item in value:
+        kept = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}
+        if not isinstance(kept.get("role"), str) or not isinstance(kept.get("content"), str):
+            raise ValueError("a message has no role or no content that is text")
+        messages.append(kept)
+    return messages
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
