@@ -33,6 +33,16 @@ class StopSignal:
         self.received = True
 
 
+def share_cores() -> None:
+    """Let idle compute threads sleep soon, before torch starts them: docs/performance.md has what it is worth.
+
+    By default they spin for milliseconds at the end of every operation, and on cores that anybody else
+    uses (a second process of the same run, the tokenizer) that costs many times more than waking up.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -44,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.DONE
     console = Console()
     stopping = StopSignal()
+    share_cores()
     try:
         return run(config.load_config(arguments), console, stopping)
     except ConfigError as error:

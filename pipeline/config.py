@@ -234,11 +234,12 @@ def _task(values: Mapping[str, Any]) -> TaskSettings:
 
 
 def _template(values: Mapping[str, Any]) -> str:
+    """The template's text; a command line has no other way to write a new line than \\n."""
     prompt = values["prompt"]
     if values["prompt_file"] is None:
         if prompt is not None and not prompt.strip():
             raise ConfigError("task.prompt is empty; give a template, or a file that holds it as task.prompt_file")
-        return DEFAULT_PROMPT if prompt is None else str(prompt)
+        return DEFAULT_PROMPT if prompt is None else str(prompt).replace("\\n", "\n")
     if prompt is not None:
         raise ConfigError(
             f"task.prompt and task.prompt_file={values['prompt_file']} are both set; set one of them to null"
@@ -407,6 +408,9 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     match = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if match:
         return f"{match[1]}={match[2]} is no choice; {match[1]} can be {', '.join(choices(match[1]))}"
+    match = re.search(r"An item is already at '([^']+)'", text)
+    if match:
+        return f"{match[1]} is a key already; write it without +, as {match[1]}=..."
     match = re.search(r"full_key: (\S+)", f"{text}\n{cause}")
     unknown = re.search(r"Key '[^']*' (?:is )?not in ", text + cause)
     if match and not unknown:

@@ -76,7 +76,9 @@ class DataParquetSchema(DataSchema):
 @dataclass
 class TaskSchema:
     kind: str = MISSING
-    prompt: str | None = doc(None, "Jinja template over the row's columns (sandboxed); {{ prompt }} if null")
+    prompt: str | None = doc(
+        None, "Jinja template over the row's columns (sandboxed; \\n is a new line); {{ prompt }} if null"
+    )
     prompt_file: str | None = doc(None, "file that holds the template, in place of task.prompt")
     messages: str | None = doc(None, "column with conversations (lists of role and content), in place of task.prompt")
     system: str | None = doc(None, "system message (chat models)")

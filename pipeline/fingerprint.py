@@ -33,7 +33,7 @@ def requested(config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint) 
         "engine": asdict(config.engine),
         "output": {"columns": config.output.columns},
     }
-    return {key: redacted(value, key) for key, value in _flat(parts).items() if key not in UNGUARDED}
+    return {key: value for key, value in _flat(redacted(parts)).items() if key not in UNGUARDED}
 
 
 def _task(task: TaskSettings) -> dict[str, Any]:

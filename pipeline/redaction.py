@@ -9,20 +9,20 @@ SECRET = re.compile(
     r"secret|passw|credential|connection_?string|(api|access|account|private|auth)_?(key|token)|(^|_)(token|key|sas)$",
     re.IGNORECASE,
 )
-SIGNATURE = re.compile(r"([?&][^=&]*(?:sig|signature|credential|token|key)[^=&]*=)[^&]+", re.IGNORECASE)
+SIGNATURE = re.compile(r"([?&][^=&\s]*(?:sig|signature|credential|token|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 BLANK = "(redacted)"
 
 
 def redacted(values: Any, key: str = "") -> Any:
     """The same values with anything that looks like a credential blanked.
 
-    By key (a dotted key by its last part), and in URLs the user part and signatures of the query.
+    By key, and in URLs the user part and signatures of the query.
     """
-    if SECRET.search(key.rpartition(".")[2]) and values is not None:
+    if SECRET.search(key) and values is not None:
         return BLANK
     if isinstance(values, dict):
         return {k: redacted(v, str(k)) for k, v in values.items()}
-    if isinstance(values, list):
+    if isinstance(values, list | tuple):
         return [redacted(v) for v in values]
     if isinstance(values, str) and "://" in values:
         return SIGNATURE.sub(rf"\g<1>{BLANK}", re.sub(r"://[^/\s]+@", f"://{BLANK}@", values))

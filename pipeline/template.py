@@ -16,7 +16,7 @@ ROW = "row"
 """A template's name for the whole row, for columns whose names are no identifiers."""
 
 
-class NotText(ValueError):
+class NotText(TypeError):
     """A value in a template's output that is null or no text."""
 
 
@@ -55,6 +55,7 @@ class RowTemplate:
         )
         del environment.globals["lipsum"], environment.filters["random"]  # equal rows get equal prompts
         environment.tests["none"] = lambda value: value is None or value is NULL
+        environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _json_null}
         for name in columns:
             environment.globals.pop(name, None)  # a column may be called range or dict
         try:
@@ -80,7 +81,8 @@ class RowTemplate:
         """The row's text; raises whatever a template can raise on a bad row."""
         if self._joined is not None:
             return self._joined(row)
-        return self._template.render({ROW: row, **{name: NULL if v is None else v for name, v in row.items()}})
+        marked = _marked(row)
+        return self._template.render({ROW: marked, **marked})
 
 
 def _printable(value: Any) -> Any:
@@ -89,6 +91,21 @@ def _printable(value: Any) -> Any:
         return value
     kind = "null" if value is None or value is NULL else f"{type(value).__name__}, not text"
     raise NotText(f"a value of the template is {kind}")
+
+
+def _marked(value: Any) -> Any:
+    """A value with NULL for every null in it."""
+    if isinstance(value, Mapping):
+        return {key: _marked(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner) for inner in value]
+    return NULL if value is None else value
+
+
+def _json_null(value: Any) -> None:
+    """What `tojson` makes of a null, which JSON has a word for; TypeError for anything else it does not know."""
+    if value is not NULL:
+        raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _constant(parts: Iterable[nodes.Node]) -> list[str]:
