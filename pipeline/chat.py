@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizer import Tokenizer
 
-PROBES = ("x", "  two words\n", "<think>\nno\n</think> {{ braces }} \\n", "\n# a\n\n- b\n")
+PROBES = ("x", "  two words\n", "<think>\nno\n</think> {{ braces }} \\n", "\n# a\n\n- b\n", "Long. " * 2000, "É 7?")
 """User messages that tell whether a template passes any text through as it is, or without outer blanks."""
+CONVERSATION_KEYS = ("role", "type")
+"""What is compared with these is no text of a message."""
 
 
 class ChatFrame:
@@ -19,7 +22,7 @@ class ChatFrame:
 
     Most templates put constant text before and after the message. Where rendering the probes shows
     that, `head` and `tail` are those texts and a message costs a concatenation; otherwise they are
-    empty and each message is rendered.
+    empty and each message is rendered, as is one with a text that the template may look for.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, arguments: Mapping[str, Any]) -> None:
@@ -34,17 +37,34 @@ class ChatFrame:
                 f"the tokenizer's chat template refuses the conversation ({_first_line(error)}); "
                 "drop task.system or task.chat_args, or use task.chat=false"
             ) from error
+        self._sought = sought_texts(tokenizer._tokenizer.chat_template)
         self.head, _, self.tail = rendered[0].rpartition(PROBES[0])
         self._strips = rendered == [self.head + probe.strip() + self.tail for probe in PROBES]
-        self._framed = self._strips or rendered == [self.head + probe + self.tail for probe in PROBES]
+        constant = self._strips or rendered == [self.head + probe + self.tail for probe in PROBES]
+        self._framed = constant and self._sought is not None
         if not self._framed:
             self.head = self.tail = ""
 
     def text(self, message: str) -> str:
         """The conversation with one user message, up to where the answer begins."""
-        if not self._framed:
+        if not self.frames(message):
             return self._render(message)
         return self.head + (message.strip() if self._strips else message) + self.tail
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the text around a message is known."""
+        return self._framed
+
+    def around(self, head: str, tail: str) -> tuple[str, str]:
+        """What a text begins and ends with whose message begins with `head` and ends with `tail`."""
+        if self._strips:
+            head, tail = head.lstrip(), tail.rstrip()
+        return self.head + head, tail + self.tail
+
+    def frames(self, message: str) -> bool:
+        """Whether the conversation is `head`, the message and `tail`."""
+        return self._framed and bool(message.strip()) and not any(text in message for text in self._sought or ())
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A whole conversation, with the system text in front unless it brings its own."""
@@ -70,6 +90,32 @@ def read_messages(value: Any) -> list[dict[str, str]]:
             raise ValueError("a message has no role or no content that is text")
         messages.append(kept)
     return messages
+
+
+def sought_texts(template: Any) -> frozenset[str] | None:
+    """The texts that a chat template may look for in a message; None if it cannot be told.
+
+    All texts that it compares with or gives to methods, filters, tests and macros, but for those that
+    roles are compared with.
+    """
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
+    except (jinja2.TemplateSyntaxError, TypeError, AttributeError):  # a tag of its own, or several templates
+        return None
+    spared = [node.arg for node in tree.find_all(nodes.Getitem)]
+    for comparison in tree.find_all(nodes.Compare):
+        if any(map(_is_role, [comparison.expr, *(operand.expr for operand in comparison.ops)])):
+            spared += comparison.find_all(nodes.Const)
+    looking = tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test))
+    constants = {id(constant): constant.value for node in looking for constant in node.find_all(nodes.Const)}
+    excepted = {id(node) for node in spared}
+    return frozenset(text for key, text in constants.items() if key not in excepted and text and isinstance(text, str))
+
+
+def _is_role(node: nodes.Node) -> bool:
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value in CONVERSATION_KEYS
+    return getattr(node, "attr", getattr(node, "name", None)) in CONVERSATION_KEYS
 
 
 def _first_line(error: Exception) -> str:

@@ -410,7 +410,7 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         return f"{match[1]}={match[2]} is no choice; {match[1]} can be {', '.join(choices(match[1]))}"
     match = re.search(r"An item is already at '([^']+)'", text)
     if match:
-        return f"{match[1]} is a key already; write it without +, as {match[1]}=..."
+        return f"{match[1]} is a key already; write {match[1]}=... without the +"
     match = re.search(r"full_key: (\S+)", f"{text}\n{cause}")
     unknown = re.search(r"Key '[^']*' (?:is )?not in ", text + cause)
     if match and not unknown:

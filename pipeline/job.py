@@ -98,7 +98,7 @@ class Job:
     @cached_property
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before the first run, as they would be registered."""
-        base = self.manifest or self.fresh_manifest({}, {})
+        base = self.manifest or self.fresh_manifest({}, {}, {})
         return manifests.register(base, self.found, self.output.committed())
 
     @cached_property
@@ -130,14 +130,16 @@ class Job:
         """Whether every row has its answer; a dataset without rows, when it has its empty Part."""
         return self.manifest is not None and not self.pending() and bool(self.chunks or self.output.committed())
 
-    def fresh_manifest(self, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> RunManifest:
-        """The manifest of a first run."""
+    def fresh_manifest(
+        self, resolved: Mapping[str, Any], shapes: Mapping[str, Any], noted: Mapping[str, Any]
+    ) -> RunManifest:
+        """The manifest of a first run; `noted` is for its reader."""
         return RunManifest(
             run_id=uuid.uuid4().hex,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             pipeline_version=__version__,
             fingerprint={**self.asked, **resolved},
-            informational=fingerprint.versions(),
+            informational={**fingerprint.versions(), **noted},
             files=(),
             chunk_rows=self.config.data.chunk_rows,
             schema=self.schema,
@@ -155,9 +157,11 @@ class Job:
                 started=bool(self.output.committed()),
             )
 
-    def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    def start(
+        self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any], noted: Mapping[str, Any]
+    ) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
-        fresh = self.fresh_manifest(resolved, shapes)
+        fresh = self.fresh_manifest(resolved, shapes, noted)
         fresh = replace(fresh, files=manifests.register(fresh, self.found, set()))
         manifest, created = manifests.create_or_load(self.output.run_json, fresh)
         if not created:

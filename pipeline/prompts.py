@@ -90,6 +90,11 @@ class PromptBuilder:
         if room is None or self._too_long == "error" or len(token_ids) <= room:
             return Prompt(tuple(token_ids))
         head, tail = self._constant_texts()
+        if not self._can_cut(text, head, tail):
+            return Prompt(
+                error=f"the prompt has {len(token_ids)} tokens, there is room for {room}, and it cannot be cut because "
+                "the chat template's own text cannot be told from the row's"
+            )
         ids, spans = self._tokenizer.encode_with_offsets(text, add_special_tokens=not self.is_chat)
         first = next((i for i, (_, end) in enumerate(spans) if end > len(head)), len(ids))
         last = next((i for i, (begin, _) in enumerate(spans) if begin >= len(text) - len(tail)), len(ids))
@@ -102,9 +107,11 @@ class PromptBuilder:
 
     def _constant_texts(self) -> tuple[str, str]:
         head, tail = self._template.head, self._template.tail
-        if self._frame is None:
-            return head, tail
-        return self._frame.head + head, tail + self._frame.tail
+        return (head, tail) if self._frame is None else self._frame.around(head, tail)
+
+    def _can_cut(self, text: str, head: str, tail: str) -> bool:
+        known = self._frame is None or self._frame.is_constant
+        return known and len(head) + len(tail) <= len(text) and text.startswith(head) and text.endswith(tail)
 
 
 def _reason(error: Exception) -> str:

@@ -73,7 +73,8 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = make_task(job, tokenizer)
     job.check_resolved(runtime.resolved())
-    job.start(claims, runtime.resolved(), runtime.shapes.as_dict())
+    noted = {"batch_invariant": runtime.spec.batch_invariant}
+    job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
     if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
         runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine)
@@ -85,6 +86,11 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         return
     write_plan(job, runtime)
     console.note(runtime.describe())
+    if not runtime.spec.batch_invariant:
+        console.note(
+            "a row's result can depend on the rows computed with it, because outliers are found over the whole batch; "
+            "quant.int8_threshold=0 makes rows independent"
+        )
     stats = with_identity(
         RunStats(),
         run_id=job.manifest.run_id,

@@ -32,10 +32,10 @@ class NullColumn:
     def __hash__(self) -> int:
         return hash(None)
 
-    def __str__(self) -> str:
+    def __str__(self, *spec: object) -> str:
         raise NotText("a value of the template is null")
 
-    __repr__ = __format__ = __iter__ = __len__ = __html__ = __str__  # type: ignore[assignment]  # all of them print
+    __repr__ = __format__ = __iter__ = __len__ = __html__ = __str__  # all of them print
 
 
 NULL = NullColumn()

@@ -62,7 +62,5 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence, special tokens left out."""
-        texts: list[str] = self._tokenizer.batch_decode(
-            [list(ids) for ids in token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        texts: list[str] = self._backend.decode_batch([list(ids) for ids in token_ids], skip_special_tokens=True)
         return texts
