@@ -1,0 +1,117 @@
+"""The engine on CUDA: against transformers, and against itself with rows in another order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.core import Completion, Request, SamplingParams
+from pipeline.engine.engine import Engine
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.plan import EngineSettings, plan_engine
+from pipeline.models.architecture import geometry_of, load_config
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.loader import load_model
+from pipeline.quant.format import format_of
+from pipeline.quant.spec import QuantSettings, resolve_spec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+VOCAB = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, initializer_range=0.1, eos_token_id=3,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    rng = random.Random(1)
+    lengths = [rng.choice([1, 7, 40, 130, 400]) for _ in range(200)]
+    return [
+        Request(
+            id=index,
+            prompt_ids=tuple(rng.randrange(4, VOCAB) for _ in range(length)),
+            sampling=SamplingParams(max_new_tokens=rng.choice([1, 9, 40]), stop_token_ids=(3,)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def engine(folder: Path, dtype: torch.dtype, method: str, **settings: int) -> Engine:
+    checkpoint = open_checkpoint(str(folder))
+    config = load_config(str(folder), str(folder), trust_remote_code=False)
+    quant, _ = format_of(resolve_spec(QuantSettings(method=method), checkpoint.config, str(folder)), "auto", "cuda")
+    model = load_model(checkpoint, config, quant, dtype, CUDA)
+    geometry = geometry_of(config)
+    plan = plan_engine(
+        geometry, EngineSettings(**settings), longest=1024, device_type="cuda", kv_budget_bytes=4 << 30,
+        kv_itemsize=dtype.itemsize,
+    )  # fmt: skip
+    return Engine(model, plan, lambda c: KVCache(geometry, c, dtype, CUDA), CUDA)
+
+
+def answers(engine: Engine, requests: list[Request]) -> dict[int, Completion]:
+    for request in requests:
+        engine.submit(request)
+    return dict(completed(engine))
+
+
+def completed(engine: Engine) -> Iterator[tuple[int, Completion]]:
+    while engine.unfinished:
+        for output in engine.poll():
+            if output.completion is not None:
+                yield output.request_id, output.completion  # type: ignore[misc]
+
+
+def test_greedy_equals_generate(folder: Path, requests: list[Request]) -> None:
+    from transformers import LlamaForCausalLM
+
+    oracle = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(CUDA).eval()
+    ours = answers(engine(folder, torch.float32, "none", slots=64), requests)
+    different = []
+    for request in requests:
+        prompt = torch.tensor([request.prompt_ids], device=CUDA)
+        out = oracle.generate(
+            prompt, max_new_tokens=request.sampling.max_new_tokens, do_sample=False, eos_token_id=3, pad_token_id=0
+        )[0, prompt.shape[1] :].tolist()
+        expected = out[: out.index(3)] if 3 in out else out
+        if tuple(expected) != ours[request.id].token_ids:  # type: ignore[index]
+            different.append(request.id)
+    assert len(different) <= len(requests) // 50, f"rows that differ: {different}"
+
+
+@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_permuted_give_identical_bits(
+    folder: Path, requests: list[Request], dtype: torch.dtype, method: str
+) -> None:
+    first = answers(engine(folder, dtype, method, slots=64), requests)
+    second = answers(engine(folder, dtype, method, slots=64), random.Random(2).sample(requests, len(requests)))
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ["none", "bnb"])
+def test_scores_permuted_give_identical_bits(folder: Path, requests: list[Request], method: str) -> None:
+    candidates = ((5, 6, 7), (5, 8), (9,), (10, 11))
+    scored = [Request(id=r.id, prompt_ids=r.prompt_ids, candidates=candidates) for r in requests]
+    first = answers(engine(folder, torch.bfloat16, method), scored)
+    second = answers(engine(folder, torch.bfloat16, method), random.Random(3).sample(scored, len(scored)))
+    assert first == second
