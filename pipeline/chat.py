@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -13,6 +13,8 @@ from pipeline.models.tokenizer import Tokenizer
 
 PROBES = ("x", "  two words\n", "<think>\nno\n</think> {{ braces }} \\n", "\n# a\n\n- b\n", "Long. " * 2000, "É 7?")
 """User messages that tell whether a template passes any text through as it is, or without outer blanks."""
+STRIPS = (str, str.strip, str.rstrip, str.lstrip)
+"""What a template does with the blanks around a message."""
 CONVERSATION_KEYS = ("role", "type")
 """What is compared with these is no text of a message."""
 
@@ -39,9 +41,9 @@ class ChatFrame:
             ) from error
         self._sought = sought_texts(tokenizer._tokenizer.chat_template)
         self.head, _, self.tail = rendered[0].rpartition(PROBES[0])
-        self._strips = rendered == [self.head + probe.strip() + self.tail for probe in PROBES]
-        constant = self._strips or rendered == [self.head + probe + self.tail for probe in PROBES]
-        self._framed = constant and self._sought is not None
+        fitting = [s for s in STRIPS if rendered == [self.head + s(probe) + self.tail for probe in PROBES]]
+        self._strip: Callable[[str], str] = next(iter(fitting), str)
+        self._framed = bool(fitting) and self._sought is not None
         if not self._framed:
             self.head = self.tail = ""
 
@@ -49,7 +51,7 @@ class ChatFrame:
         """The conversation with one user message, up to where the answer begins."""
         if not self.frames(message):
             return self._render(message)
-        return self.head + (message.strip() if self._strips else message) + self.tail
+        return self.head + self._strip(message) + self.tail
 
     @property
     def is_constant(self) -> bool:
@@ -58,9 +60,7 @@ class ChatFrame:
 
     def around(self, head: str, tail: str) -> tuple[str, str]:
         """What a text begins and ends with whose message begins with `head` and ends with `tail`."""
-        if self._strips:
-            head, tail = head.lstrip(), tail.rstrip()
-        return self.head + head, tail + self.tail
+        return self.head + self._strip(head + PROBES[0])[:-1], self._strip(PROBES[0] + tail)[1:] + self.tail
 
     def frames(self, message: str) -> bool:
         """Whether the conversation is `head`, the message and `tail`."""
@@ -98,18 +98,22 @@ def sought_texts(template: Any) -> frozenset[str] | None:
     All texts that it compares with or gives to methods, filters, tests and macros, but for those that
     roles are compared with.
     """
+    if not isinstance(template, str):  # several templates
+        return None
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
-    except (jinja2.TemplateSyntaxError, TypeError, AttributeError):  # a tag of its own, or several templates
+    except jinja2.TemplateSyntaxError:  # tags that only transformers knows
         return None
     spared = [node.arg for node in tree.find_all(nodes.Getitem)]
     for comparison in tree.find_all(nodes.Compare):
         if any(map(_is_role, [comparison.expr, *(operand.expr for operand in comparison.ops)])):
             spared += comparison.find_all(nodes.Const)
-    looking = tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test))
-    constants = {id(constant): constant.value for node in looking for constant in node.find_all(nodes.Const)}
+    looking: list[nodes.Node] = list(tree.find_all(nodes.Compare))
+    for call in tree.find_all((nodes.Call, nodes.Filter, nodes.Test)):
+        looking += [*call.args, *call.kwargs]
     excepted = {id(node) for node in spared}
-    return frozenset(text for key, text in constants.items() if key not in excepted and text and isinstance(text, str))
+    found = [c for node in looking for c in ([node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const))]
+    return frozenset(c.value for c in found if id(c) not in excepted and isinstance(c.value, str) and c.value)
 
 
 def _is_role(node: nodes.Node) -> bool:

@@ -40,7 +40,7 @@ from pipeline.settings import (
 )
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
-MAPS = ("task.labels", "task.chat_args")
+MAPS = ("task.labels", "task.chat_args", "sampling.columns")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
@@ -102,7 +102,8 @@ def _hydra_lines(override: Override) -> list[str]:
         )
     if key in MAPS and isinstance(override.value(), dict):
         return [f"{key}=null", line]
-    return [f"++{line.lstrip('+')}"] if key.startswith("task.chat_args.") else [line]
+    grows = key.startswith(("task.chat_args.", "sampling.columns."))
+    return [f"++{line.lstrip('+')}"] if grows else [line]
 
 
 def _refuse_added_keys(config: DictConfig) -> None:

@@ -37,27 +37,23 @@ def reference() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def load_decoder() -> Callable[..., Any]:
-    """Folder, dtype, quant and kernel to this project's model on the CPU, loaded once.
-
-    quant is none, nf4 (double quantization) or nf4-single.
-    """
+    """Folder, dtype, quant (a key of `oracle.QUANTS`) and kernel to this project's model on the CPU, loaded once."""
     import torch
+    from oracle import QUANTS
 
-    from pipeline.kernels.registry import DEQUANTIZE_4BIT, choose
     from pipeline.models.architecture import load_config
     from pipeline.models.checkpoint import open_checkpoint
     from pipeline.models.loader import load_model
+    from pipeline.quant.format import format_of
     from pipeline.quant.spec import QuantSettings, resolve_spec
 
     @cache
     def load(folder: Path, dtype: torch.dtype, quant: str = "none", kernel: str = "auto", **settings: Any) -> Any:
         checkpoint = open_checkpoint(str(folder))
-        method = "none" if quant == "none" else "bnb"
-        asked = QuantSettings(method=method, kernel=kernel, double_quant=quant == "nf4", **settings)
+        asked = QuantSettings(**{**QUANTS[quant], "kernel": kernel, **settings})
         spec = resolve_spec(asked, checkpoint.config, str(folder))
-        chosen = choose(DEQUANTIZE_4BIT, kernel, "cpu")[0] if spec.quantized else None
         config = load_config(str(folder), str(folder), False)
-        return load_model(checkpoint, config, spec, chosen, dtype, torch.device("cpu"))
+        return load_model(checkpoint, config, format_of(spec, kernel, "cpu")[0], dtype, torch.device("cpu"))
 
     return load
 

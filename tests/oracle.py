@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.core import Completion, FinishReason, Request, SamplingParams
+from pipeline.engine.attention import PackedPrefill, RowSpan
 from pipeline.engine.engine import Engine
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan, ModelGeometry
@@ -66,6 +67,17 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
 }
 """Each checkpoint's architecture, and what its config has in place of SMALL's values."""
+QUANTS: dict[str, dict[str, Any]] = {
+    "auto": {"method": "auto"},
+    "none": {"method": "none"},
+    "nf4": {"method": "bnb", "double_quant": True},
+    "nf4-single": {"method": "bnb", "double_quant": False},
+    "fp4": {"method": "bnb-fp4", "double_quant": True},
+    "fp4-single": {"method": "bnb-fp4", "double_quant": False},
+    "int8": {"method": "bnb-int8", "int8_threshold": 6.0},
+    "int8-plain": {"method": "bnb-int8", "int8_threshold": 0.0},
+}
+"""What is asked for under `quant`, by a short name."""
 
 
 def save_checkpoint(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -158,7 +170,9 @@ def oracle_generate(model: nn.Module, request: Request, max_len: int = MAX_POSIT
     return oracle_generate_alike(model, [request], max_len)[0]
 
 
-def oracle_generate_alike(model: nn.Module, requests: Sequence[Request], max_len: int) -> list[OracleAnswer]:
+def oracle_generate_alike(
+    model: nn.Module, requests: Sequence[Request], max_len: int, **settings: Any
+) -> list[OracleAnswer]:
     """Greedy `generate` of requests with equally long prompts and equal settings: a batch without padding."""
     sampling = requests[0].sampling
     prompts = torch.tensor([r.prompt_ids for r in requests])
@@ -168,6 +182,7 @@ def oracle_generate_alike(model: nn.Module, requests: Sequence[Request], max_len
         do_sample=False,
         eos_token_id=list(sampling.stop_token_ids) or None,
         pad_token_id=0,
+        **settings,
     )
     out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
     return [_until_stop(row[prompts.shape[1] :].tolist(), sampling.stop_token_ids) for row in out]
@@ -181,15 +196,15 @@ def _until_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> OracleAnswe
 
 
 def oracle_generate_all(
-    model: nn.Module, requests: Iterable[Request], max_len: int = MAX_POSITIONS
+    model: nn.Module, requests: Iterable[Request], max_len: int = MAX_POSITIONS, **settings: Any
 ) -> dict[Any, OracleAnswer]:
-    """`oracle_generate` of many requests, those that are alike in one batch."""
+    """`oracle_generate` of many requests, those that are alike in one batch; `settings` go to GenerationConfig."""
     groups: dict[Any, list[Request]] = {}
     for request in requests:
         groups.setdefault((len(request.prompt_ids), request.sampling), []).append(request)
     answers: dict[Any, OracleAnswer] = {}
     for group in groups.values():
-        for request, answer in zip(group, oracle_generate_alike(model, group, max_len), strict=True):
+        for request, answer in zip(group, oracle_generate_alike(model, group, max_len, **settings), strict=True):
             answers[request.id] = answer
     return answers
 
@@ -206,6 +221,15 @@ def oracle_logprob(model: nn.Module, prompt: Sequence[int], answer: Sequence[int
     logprobs = torch.log_softmax(oracle_logits(model, [*prompt, *answer]), dim=-1)
     places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
     return float(logprobs[places, torch.tensor(list(answer), dtype=torch.long)].sum())
+
+
+@torch.inference_mode()
+def pass_logits(decoder: Any, prompt: Sequence[int]) -> Tensor:
+    """This project's logits [T, V] of every position of a prompt, from one pass."""
+    length = len(prompt)
+    attention = PackedPrefill((RowSpan(0, length),), None, torch.full((length,), length))
+    logits: Tensor = decoder.logits(torch.tensor(list(prompt)), torch.arange(length), attention, None)
+    return logits
 
 
 def random_prompt(rng: random.Random, length: int, vocab: int = VOCAB) -> tuple[int, ...]:

@@ -146,6 +146,9 @@ SAMPLES = {
     "task.prompt_file": str(config.PACKAGE / "assets" / "tickets" / "topic.jinja"),
     "task.chat": "false",
     "task.chat_args": "{enable_thinking: false}",
+    "task.too_long": "truncate_left",
+    "sampling.logprobs": "2",
+    "sampling.columns": "{seed: seed_column}",
     "task.labels": "{a: first, b: second}",
     "task.label_eos": "true",
     "engine.slots": "3",
@@ -188,7 +191,7 @@ def test_help_shows_every_choice_and_key(group: str, choice: str, help_text: str
 
 
 def test_help_shows_the_keys_outside_of_groups(help_text: str) -> None:
-    assert set(re.findall(r"^  (?!\d)([\w.]+) {2,}\S", help_text, re.MULTILINE)) >= set(config.schema_keys())
+    assert set(re.findall(r"^  (?!\d)([\w.]+) +\S", help_text, re.MULTILINE)) >= set(config.schema_keys())
     assert {"shard.index", "shard.count", "dry_run", "max_error_rate"} <= set(config.schema_keys())
 
 
@@ -207,6 +210,10 @@ def test_maps_replace_maps_and_grow_key_by_key() -> None:
     assert load("task=label", f"task.labels={first}", f"task.labels={second}").task.labels == {"c": "z", "d": "w"}
     assert load("task.chat_args={a: 1}", "task.chat_args={b: 2}").task.chat_args == {"b": 2}
     assert load("task.chat_args.a=1", "+task.chat_args.b=x").task.chat_args == {"a": 1, "b": "x"}
+    columns = "sampling.columns={seed: s, n: c}"
+    assert load(columns).sampling.columns == {"seed": "s", "n": "c"}
+    assert load(columns, "sampling.columns={top_k: k}").sampling.columns == {"top_k": "k"}
+    assert load("sampling.columns.seed=s", "+sampling.columns.n=c").sampling.columns == {"seed": "s", "n": "c"}
 
 
 def test_labels_keep_their_order_and_become_text() -> None:
@@ -246,8 +253,12 @@ MISTAKES = [
     (("hydra/job_logging=none",), r"hydra/job_logging is no key"),
     (("model@other=tiny",), r"model@other is no key"),
     # keys of another choice
-    (("quant.kernel=reference",), r"quant\.kernel is no key of the chosen quant; it belongs to quant=bnb"),
-    (("+quant.kernel=reference",), r"quant\.kernel is no key of the chosen quant"),
+    (("quant=none", "quant.kernel=reference"), r"quant\.kernel is no key of the chosen quant; .* quant=auto"),
+    (("quant=none", "+quant.kernel=reference"), r"quant\.kernel is no key of the chosen quant"),
+    (("quant.double_quant=false",), r"quant\.double_quant is no key of the chosen quant; it belongs to quant=bnb"),
+    ((*BNB, "quant.int8_threshold=0"), r"quant\.int8_threshold is no key .*; it belongs to quant=bnb-int8"),
+    (("quant=bnb-int8", "quant.double_quant=true"), r"quant\.double_quant is no key of the chosen quant"),
+    (("+quant.kernel=reference",), r"quant\.kernel is a key already; .* quant\.kernel=\.\.\."),
     (("task.labels=[a,b]",), r"task\.labels is no key of the chosen task; it belongs to task=label"),
     # what a choice fixes, and groups that are no choice
     (("quant.method=bnb",), r"quant\.method is set by the choice .* quant=\.\.\."),
@@ -309,6 +320,24 @@ MISTAKES = [
     (("experiment=demo", "task.prompt=a"), r"task\.prompt and task\.prompt_file="),
     (("task.prompt='  '",), r"task\.prompt is empty"),
     (("task.prompt_file=/nonexistent/x",), r"task\.prompt_file=/nonexistent/x cannot be read"),
+    # messages, lengths, sampling
+    (("task.messages=chat", "task.prompt=a"), r"task\.messages and task\.prompt are both set"),
+    (("task.messages=chat", f"task.prompt_file={SAMPLES['task.prompt_file']}"), r"messages and task\.prompt_file are both"),
+    (("task.messages=chat", "task.too_long=truncate_left"), r"task\.too_long=truncate_left .* task\.messages .* error"),
+    (("task.too_long=cut",), r"task\.too_long must be one of error, truncate_left, truncate_right, got cut"),
+    (("sampling.n=0",), r"sampling\.n must be at least 1, got 0"),
+    (("sampling.logprobs=21",), r"sampling\.logprobs must be at most 20, got 21"),
+    (("sampling.logprobs=-1",), r"sampling\.logprobs must be at most 20, got -1"),
+    (("sampling.logprobs=many",), r"sampling\.logprobs must be false, true or a count, got many"),
+    (("sampling.logprobs=1.5",), r"sampling\.logprobs must be false, true or a count, got 1\.5"),
+    (("sampling.min_p=2",), r"sampling\.min_p must be .* got 2"),
+    (("sampling.repetition_penalty=0",), r"sampling\.repetition_penalty must be .* got 0"),
+    (("sampling.stop=['']",), r"sampling\.stop must be texts"),
+    (("sampling.stop_token_ids=[-1]",), r"sampling\.stop_token_ids must be 0 or more"),
+    (("sampling.columns={heat: t}",), r"sampling\.columns names heat, which is no parameter; there are .*temperature"),
+    (("sampling.columns={seed: 3}",), r"sampling\.columns must be a map of parameter to column"),
+    (("sampling.columns=seed",), r"sampling\.columns must be a map of parameter to column"),
+    (("quant=bnb-int8", "quant.int8_threshold=-1"), r"quant\.int8_threshold must be between 0 and .* got -1"),
     # quoting
     (("task.prompt={{ text }}",), r"task\.prompt=.* cannot be parsed .*quote .*task\.prompt_file"),
     (("output.dir=a=b",), r"output\.dir=a=b cannot be parsed"),
@@ -338,6 +367,16 @@ def test_what_every_run_needs(key: str) -> None:
     given = [f"{k}=x" for k in ("data.path", "output.dir") if k != key]
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is required and not set; add {re.escape(key)}=\.\.\."):
         config.load_config(given)
+
+
+def test_a_new_line_on_the_command_line() -> None:
+    assert load("task.prompt='a\\nb {{ prompt }}'").task.prompt == "a\nb {{ prompt }}"
+
+
+def test_the_home_folder_of_a_prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jinja").write_text("Say {{ text }}")
+    assert load("task.prompt_file='~/p.jinja'").task.prompt == "Say {{ text }}"
 
 
 def test_a_prompt_file_that_is_no_text(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
 def test_loading_gives_every_item(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(Console(stream).loading(iter("abc"), total=3)) == ["a", "b", "c"]
+    assert list(Console(stream).loading("abc")) == ["a", "b", "c"]
     assert ("loading" in stream.getvalue()) == stream.isatty()
     assert capsys.readouterr() == ("", "")
 
@@ -130,7 +130,7 @@ def test_notes_go_to_standard_error_and_results_to_standard_output(capsys: pytes
     shown.note("a note")
     with shown.rows(total=1, done=0) as progress:
         progress.advance(1, 1)
-    assert list(shown.loading([1], 1)) == [1]
+    assert list(shown.loading([1])) == [1]
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("a note\n")

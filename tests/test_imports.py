@@ -24,11 +24,14 @@ NEEDS_TORCH = (
     "pipeline.engine.seat",
     "pipeline.engine.slots",
     "pipeline.kernels.*",
+    "pipeline.models.architecture",
     "pipeline.models.decoder",
     "pipeline.models.head",
     "pipeline.models.loader",
+    "pipeline.models.rope",
     "pipeline.models.runtime",
     "pipeline.quant.bnb*",
+    "pipeline.quant.format",
     "pipeline.quant.linear",
 )
 """The modules that compute with tensors; all others answer before torch is imported."""

@@ -16,8 +16,9 @@ from tokenizers import models, pre_tokenizers
 from pipeline.config import PACKAGE
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizer import Tokenizer
-from pipeline.prompts import PromptBuilder, RowTemplate
+from pipeline.prompts import PromptBuilder
 from pipeline.settings import TaskSettings
+from pipeline.template import RowTemplate
 
 TINY = str(PACKAGE / "assets" / "tiny")
 COLUMNS = ["text", "n", "odd name", "nothing"]

@@ -215,9 +215,9 @@ def unfit(request: Request, plan: EnginePlan) -> str | None:
         return "the prompt has no tokens"
     if not all(request.candidates):
         return "a label has no tokens"
-    largest = max(map(max, (request.prompt_ids, *request.candidates)))
-    if largest >= plan.vocab:
-        return f"the tokenizer gives token {largest}, but the model knows {plan.vocab} tokens"
+    unknown = _unknown_token(request, plan.vocab)
+    if unknown is not None:
+        return f"the tokenizer gives token {unknown}, but the model knows {plan.vocab} tokens"
     answer = max((len(c) for c in request.candidates), default=1)
     if len(request.prompt_ids) + answer > plan.max_len:
         what = "its longest label" if request.candidates else "an answer"
@@ -225,6 +225,15 @@ def unfit(request: Request, plan: EnginePlan) -> str | None:
     if pass_tokens(request) > plan.prefill_tokens[-1]:
         return f"the prompt and its labels have {pass_tokens(request)} tokens, more than {plan.prefill_tokens[-1]}"
     return None
+
+
+def _unknown_token(request: Request, vocab: int) -> int | None:
+    """A token id of the request that the model has no embedding for."""
+    parts = (request.prompt_ids, *request.candidates)
+    largest, smallest = max(map(max, parts)), min(map(min, parts))
+    if largest >= vocab:
+        return largest
+    return smallest if smallest < 0 else None
 
 
 def _scored(request: Request, scores: tuple[float, ...]) -> Output:

@@ -20,7 +20,7 @@ CUDA_PREFILL_TOKENS = 8192
 SHARED_LOGIT_ROWS = 256
 AUTO_MAX_LEN = 8192
 """The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +194,17 @@ def _fit_classes(
             remedy = "lower engine.slots or engine.max_len" if fixed else "lower engine.max_len"
             raise ConfigError(
                 f"keys and values for engine.slots={slots} and rows of up to {lengths[-1]} tokens need "
-                f"{needed / GIB:.2f} GiB but {max(0, budget) / GIB:.2f} GiB are left for them; "
+                f"{_sized(needed)} but {_sized(budget)} are left for them; "
                 f"{remedy}, or raise model.memory"
             )
         slots = max(ROW_MULTIPLE, (slots * 3 // 4) // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def _sized(num_bytes: int) -> str:
+    """A size to read, in GiB, or in MiB below one."""
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    return f"{max(0, num_bytes) / MIB:.2f} MiB"
 
 
 def _class_slots(slots: int, shortest: int, length: int) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import (
     MAX_POSITIONS,
+    VOCAB,
     OracleAnswer,
     greedy,
     oracle_generate,
@@ -181,8 +182,12 @@ def test_a_stop_token_is_not_part_of_the_answer(
         (greedy("empty", (), 5), "no tokens"),
         (greedy("long", (5,) * 64, 5), "64 tokens"),
         (Request(id="label", prompt_ids=(5,) * 60, candidates=((1, 2, 3, 4, 5),)), "label"),
+        (greedy("unknown", (5, VOCAB, 6), 5), f"token {VOCAB}, but the model knows {VOCAB}"),
+        (greedy("negative", (5, -1, 6), 5), "token -1, but the model knows"),
+        (Request(id="unknown label", prompt_ids=(5,), candidates=((6,), (7, VOCAB))), f"token {VOCAB}"),
+        (Request(id="negative label", prompt_ids=(5,), candidates=((6,), (7, -3))), "token -3"),
     ],
-    ids=["empty", "long", "label"],
+    ids=["empty", "long", "label", "unknown", "negative", "unknown-label", "negative-label"],
 )
 def test_a_request_that_fits_no_shape_is_refused(
     request_: Request, message: str, checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.core import Request, SamplingParams
 from pipeline.engine.attention import SlotDecode
-from pipeline.engine.plan import GIB, EnginePlan, EngineSettings, ModelGeometry, longest_rows, plan_engine
+from pipeline.engine.plan import GIB, MIB, EnginePlan, EngineSettings, ModelGeometry, longest_rows, plan_engine
 from pipeline.errors import ConfigError
 
 LLAMA3 = ModelGeometry(
@@ -77,7 +77,8 @@ def test_a_plan_stays_within_its_budget_or_says_what_is_missing(
     try:
         plan = make_plan(budget, device, longest, slots=slots)
     except ConfigError as error:
-        assert f"{budget / GIB:.2f} GiB" in str(error)
+        size = f"{budget / GIB:.2f} GiB" if budget >= GIB else f"{budget / MIB:.2f} MiB"
+        assert f"but {size} are left" in str(error)
     else:
         taken = sum((c.slots + 1) * c.max_len for c in plan.length_classes) * KV_BYTES_LLAMA3
         assert taken == plan.kv_bytes <= budget
@@ -101,8 +102,16 @@ def test_a_budget_that_is_too_small_names_both_sizes(engine: dict[str, int], rem
 
 
 def test_a_negative_budget_is_told_as_nothing_left() -> None:
-    with pytest.raises(ConfigError, match=r"but 0\.00 GiB are left"):
+    with pytest.raises(ConfigError, match=r"but 0\.00 MiB are left"):
         make_plan(-GIB)
+
+
+def test_sizes_of_a_small_model_are_told_in_mib() -> None:
+    """A demo model's keys and values would all be 0.00 GiB."""
+    small = ModelGeometry(layers=2, kv_heads=2, head_dim=16, hidden=64, intermediate=96, vocab=99, max_positions=512)
+    with pytest.raises(ConfigError, match=r"need 4\.25 MiB but 0\.50 MiB are left for them") as caught:
+        plan_engine(small, EngineSettings(), longest=256, device_type="cpu", kv_budget_bytes=MIB // 2, kv_itemsize=4)
+    assert "engine.slots=16 and rows of up to 256 tokens" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["engine.max_len", "model.max_len"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.core import Request, SamplingParams
-from pipeline.engine.sampler import SamplerRows, philox4x32, prompt_key, sample
+from pipeline.engine.sampler import SamplerRow, SamplerRows, philox4x32, prompt_key, sample
 
 CPU = torch.device("cpu")
 SETTINGS = [
@@ -49,6 +49,11 @@ def warped(logits_V: Tensor, settings: dict[str, float]) -> Tensor:
     return torch.softmax(scores[0], dim=-1)
 
 
+def rows_of(params: Sequence[SamplingParams]) -> SamplerRows:
+    """Rows whose uniform numbers the test gives itself."""
+    return SamplerRows.of([SamplerRow(p, key) for key, p in enumerate(params)], CPU)
+
+
 # --- the random numbers -----------------------------------------------------------------------------------
 
 
@@ -72,7 +77,7 @@ def test_philox_known_answers(counter: Sequence[int], key: Sequence[int], expect
 
 def test_uniforms_are_spread_evenly_and_within_bounds() -> None:
     params = SamplingParams(temperature=1.0, seed=2**64 - 1)
-    rows = SamplerRows.of([(params, prompt_key((n,))) for n in range(64)], CPU)
+    rows = SamplerRows.of([SamplerRow(params, prompt_key((n,))) for n in range(64)], CPU)
     uniforms = rows.uniforms(torch.zeros(64, dtype=torch.int64), 256)
     assert uniforms.shape == (256, 64)
     assert 0 <= float(uniforms.min()) <= float(uniforms.max()) < 1
@@ -85,10 +90,10 @@ def test_uniforms_are_spread_evenly_and_within_bounds() -> None:
 def test_uniforms_depend_on_seed_prompt_choice_and_step_only() -> None:
     seeds = (0, 1, 2**32, 2**63)
     keys = (prompt_key((5, 6)), prompt_key((6, 5)), prompt_key((5,)))
-    rows = [(SamplingParams(temperature=1.0, seed=s), k) for s in seeds for k in keys]
+    params = [SamplingParams(temperature=1.0, seed=s) for s in seeds]
+    rows = [SamplerRow(p, key, choice) for choice in (0, 1, 7) for p in params for key in keys]
     zero = torch.zeros(len(rows), dtype=torch.int64)
-    together = SamplerRows.of(rows, CPU)
-    drawn = torch.cat([together.uniforms(zero, 8), together.uniforms(zero, 8, choice=1)])
+    drawn = SamplerRows.of(rows, CPU).uniforms(zero, 8)
     assert len(drawn.unique()) == drawn.numel(), "each of seed, prompt, choice and step matters"
     for place, row in enumerate(rows):
         alone = SamplerRows.of([row], CPU)
@@ -112,10 +117,10 @@ def test_a_token_is_chosen_by_its_share_of_the_uniform_numbers(
     logits_V = torch.randn(50) * 2
     grid = 20_000
     uniforms = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    params = [(SamplingParams(**settings), 0)] * grid + ([] if beside is None else [(SamplingParams(**beside), 0)])
+    params = [SamplingParams(**settings)] * grid + ([] if beside is None else [SamplingParams(**beside)])
     uniforms = torch.cat([uniforms, torch.full((len(params) - grid,), 0.5, dtype=torch.float64)])
     logits_BV = logits_V.expand(len(params), -1).contiguous()
-    tokens = sample(logits_BV, SamplerRows.of(params, CPU), uniforms).tokens_B[:grid]
+    tokens = sample(logits_BV, rows_of(params), uniforms).tokens_B[:grid]
     shares = torch.bincount(tokens, minlength=50).double() / grid
     expected = warped(logits_V, settings)
     assert float((shares - expected).abs().max()) < 2 / grid
@@ -131,7 +136,7 @@ def test_the_extreme_uniform_numbers_choose_within_the_support(settings: dict[st
     logits = torch.randn(40, 33) * 3
     logits[:, :3] = float("-inf")
     logits[:, -3:] = float("-inf")
-    rows = SamplerRows.of([(SamplingParams(**settings), 0)] * 40, CPU)
+    rows = rows_of([SamplingParams(**settings)] * 40)
     tokens = sample(logits, rows, torch.full((40,), uniform, dtype=torch.float64)).tokens_B
     for row, token in enumerate(tokens.tolist()):
         assert warped(logits[row], settings)[token] > 0
@@ -141,7 +146,7 @@ def test_greedy_and_logprobs_are_those_of_the_unmodified_logits() -> None:
     torch.manual_seed(2)
     logits = torch.randn(8, 100) * 4
     params = [SamplingParams(), SamplingParams(temperature=0.5, top_k=3)] * 4
-    rows = SamplerRows.of([(p, n) for n, p in enumerate(params)], CPU)
+    rows = rows_of(params)
     out = sample(logits, rows, torch.full((8,), 0.9, dtype=torch.float64))
     assert out.tokens_B[::2].tolist() == logits[::2].argmax(-1).tolist()
     expected = torch.log_softmax(logits.double(), -1).gather(1, out.tokens_B[:, None])[:, 0]
@@ -156,7 +161,7 @@ def test_a_row_that_is_not_finite_is_told_and_leaves_its_neighbours_alone(
 ) -> None:
     torch.manual_seed(3)
     logits = torch.randn(4, 20)
-    rows = SamplerRows.of([(SamplingParams(**settings), 0)] * 4, CPU)
+    rows = rows_of([SamplingParams(**settings)] * 4)
     uniforms = torch.rand(4, dtype=torch.float64)
     before = sample(logits, rows, uniforms)
     logits[2, 7] = broken

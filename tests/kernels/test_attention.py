@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import LengthClass, ModelGeometry
-from pipeline.kernels.attention import attend_cache, attend_reference, attend_segment, merge_segments
+from pipeline.kernels.attention import (
+    AttentionRule,
+    attend_cache,
+    attend_causal,
+    attend_reference,
+    attend_segment,
+    merge_segments,
+)
 
 HEADS = [pytest.param(4, 4, id="ungrouped"), pytest.param(6, 2, id="groups-of-3"), pytest.param(8, 1, id="one-kv")]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -53,7 +60,8 @@ def assert_close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor],
 def test_a_segment(tokens: int, dim: int, heads: int, kv_heads: int, causal: bool, dtype: torch.dtype) -> None:
     q, k, v = qkv(heads, kv_heads, tokens, tokens, dim, dtype)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else None
-    assert_close(attend_segment(q, k, v, dim**-0.5, causal=causal), oracle(q, k, v, dim**-0.5, mask), dtype)
+    attend = attend_causal if causal else attend_segment
+    assert_close(attend(q, k, v, AttentionRule(dim**-0.5)), oracle(q, k, v, dim**-0.5, mask), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,7 +69,7 @@ def test_a_segment(tokens: int, dim: int, heads: int, kv_heads: int, causal: boo
 @pytest.mark.parametrize(("queries", "keys"), [(1, 100), (5, 33), (40, 3)])
 def test_a_segment_of_others_tokens(queries: int, keys: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(heads, kv_heads, queries, keys, 32, dtype)
-    assert_close(attend_segment(q, k, v, 0.3, causal=False), oracle(q, k, v, 0.3), dtype)
+    assert_close(attend_segment(q, k, v, AttentionRule(0.3)), oracle(q, k, v, 0.3), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +77,7 @@ def test_a_segment_of_others_tokens(queries: int, keys: int, heads: int, kv_head
 def test_the_reference_with_a_mask(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(heads, kv_heads, 20, 20, 16, dtype)
     mask = (torch.rand(20, 20) < 0.3) | torch.eye(20, dtype=torch.bool)
-    assert_close(attend_reference(q, k, v, 0.25, mask), oracle(q, k, v, 0.25, mask), dtype)
+    assert_close(attend_reference(q, k, v, AttentionRule(0.25), mask), oracle(q, k, v, 0.25, mask), dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
@@ -77,7 +85,7 @@ def test_the_reference_with_a_mask(heads: int, kv_heads: int, dtype: torch.dtype
 def test_segments_merged_equal_the_whole(cuts: tuple[int, ...], heads: int, kv_heads: int) -> None:
     q, k, v = qkv(heads, kv_heads, 5, 64, 16, torch.float32)
     ends = (0, *cuts, 64)
-    parts = [attend_segment(q, k[:, a:b], v[:, a:b], 0.5, causal=False) for a, b in pairwise(ends)]
+    parts = [attend_segment(q, k[:, a:b], v[:, a:b], AttentionRule(0.5)) for a, b in pairwise(ends)]
     assert_close(merge_segments(parts), oracle(q, k, v, 0.5), torch.float32)
 
 
@@ -86,7 +94,7 @@ def test_merging_scores_far_from_zero(shift: float) -> None:
     """The largest score is taken out before the exponential, in every part and in the merge."""
     q, k, v = qkv(4, 2, 3, 32, 16, torch.float32)
     q[..., 0], k[..., 0] = 1.0, shift
-    parts = [attend_segment(q, k[:, a:b], v[:, a:b], 1.0, causal=False) for a, b in ((0, 10), (10, 32))]
+    parts = [attend_segment(q, k[:, a:b], v[:, a:b], AttentionRule(1.0)) for a, b in ((0, 10), (10, 32))]
     out, lse = merge_segments(parts)
     expected_out, expected_lse = oracle(q, k, v, 1.0)
     assert float((out.double() - expected_out).abs().max()) < 2e-4
@@ -101,8 +109,8 @@ def test_a_prefix_and_a_causal_rest_equal_causal_attention(split: int) -> None:
     rest = q[:, split:]
     merged = merge_segments(
         [
-            attend_segment(rest, k[:, :split], v[:, :split], 0.25, causal=False),
-            attend_segment(rest, k[:, split:], v[:, split:], 0.25, causal=True),
+            attend_segment(rest, k[:, :split], v[:, :split], AttentionRule(0.25)),
+            attend_causal(rest, k[:, split:], v[:, split:], AttentionRule(0.25)),
         ]
     )
     assert_close(merged, (expected[0], expected[1]), torch.float32)
@@ -118,7 +126,7 @@ def test_a_cache_is_read_up_to_each_slots_length(garbage: float, heads: int, kv_
     k, v = (torch.randn(5, kv_heads, 64, 16).to(dtype) for _ in range(2))
     for slot, length in enumerate(lengths.tolist()):
         k[slot, :, length:], v[slot, :, length:] = garbage, garbage
-    out, lse = attend_cache(q, k, v, lengths, 0.25)
+    out, lse = attend_cache(q, k, v, lengths, AttentionRule(0.25))
     assert out.shape == (5, heads, 16)
     for slot, length in enumerate(lengths.tolist()):
         expected = oracle(q[slot][:, None], k[slot, :, :length], v[slot, :, :length], 0.25)
@@ -132,12 +140,12 @@ def test_a_slots_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
     lengths = torch.randint(1, 200, (64,))
     q = torch.randn(64, 8, 32).to(dtype)
     k, v = (torch.randn(64, 2, 256, 32).to(dtype) for _ in range(2))
-    out, lse = attend_cache(q, k, v, lengths, 0.2)
+    out, lse = attend_cache(q, k, v, lengths, AttentionRule(0.2))
     order = torch.randperm(64)
-    moved = attend_cache(q[order], k[order], v[order], lengths[order], 0.2)
+    moved = attend_cache(q[order], k[order], v[order], lengths[order], AttentionRule(0.2))
     assert torch.equal(moved[0], out[order])
     assert torch.equal(moved[1], lse[order])
-    fewer = attend_cache(q[:16], k[:16], v[:16], lengths[:16], 0.2)
+    fewer = attend_cache(q[:16], k[:16], v[:16], lengths[:16], AttentionRule(0.2))
     assert torch.equal(fewer[0], out[:16])
     assert torch.equal(fewer[1], lse[:16])
 
@@ -161,7 +169,7 @@ def test_a_cleared_slot_shows_nothing_of_its_nans() -> None:
         cache.write(layer, torch.tensor([3, 3]), torch.tensor([0, 1]), k, v)
         q = torch.randn(16, 4, 8)
         keys, values = cache.read(layer)
-        out, _ = attend_cache(q, keys, values, torch.full((16,), 2), 0.3)
+        out, _ = attend_cache(q, keys, values, torch.full((16,), 2), AttentionRule(0.3))
         expected, _ = oracle(q[3][:, None], k, v, 0.3)
         assert float((out[3].double() - expected[:, 0]).abs().max()) < 1e-5
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EngineUnderTest, oracle_logits, random_prompt
+from oracle import EngineUnderTest, oracle_logits, pass_logits, random_prompt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.core import Request
-from pipeline.engine.attention import PackedPrefill, RowSpan
 from pipeline.errors import ConfigError
 from pipeline.kernels.bnb import bitsandbytes
 from pipeline.quant.linear import QuantLinear
@@ -62,16 +61,6 @@ def make_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def our_logits(decoder: Any, prompt: tuple[int, ...]) -> Tensor:
-    """Logits of every position, from one pass."""
-    tokens = torch.tensor(prompt)
-    logits: Tensor = decoder.logits(
-        tokens, torch.arange(len(prompt)), PackedPrefill((RowSpan(0, len(prompt)),), None), None
-    )
-    return logits
-
-
 @each_dtype
 @each_quant
 @each_model
@@ -106,7 +95,7 @@ def test_logits_equal_those_of_the_dequantized_model(
     decoder = load_decoder(folder, torch.float32, quant)
     for length in (1, 17, 200):
         prompt = random_prompt(random.Random(length), length)
-        assert float((our_logits(decoder, prompt).double() - oracle_logits(model, prompt)).abs().max()) < 1e-4
+        assert float((pass_logits(decoder, prompt).double() - oracle_logits(model, prompt)).abs().max()) < 1e-4
 
 
 @each_quant
@@ -122,7 +111,7 @@ def test_bfloat16_logits_err_no_more_than_bitsandbytes_own(
     for length in (5, 64, 150):
         prompt = random_prompt(random.Random(length), length)
         expected = oracle_logits(exact, prompt)
-        our_error.append(our_logits(decoder, prompt).double() - expected)
+        our_error.append(pass_logits(decoder, prompt).double() - expected)
         their_error.append(oracle_logits(theirs, prompt) - expected)
         size.append(expected)
     ours, bnb, whole = (float(torch.cat(e).square().mean().sqrt()) for e in (our_error, their_error, size))
@@ -163,7 +152,7 @@ def test_both_kernels_give_the_same_answers(
 ) -> None:
     folder = checkpoint_folder("llama")
     prompt = random_prompt(random.Random(1), 50)
-    by_kernel = [our_logits(load_decoder(folder, dtype, "nf4", k), prompt) for k in ("reference", "bitsandbytes")]
+    by_kernel = [pass_logits(load_decoder(folder, dtype, "nf4", k), prompt) for k in ("reference", "bitsandbytes")]
     assert torch.equal(*by_kernel)
 
 
@@ -227,9 +216,9 @@ def test_a_quantized_linear_is_its_dequantized_product(
 
 
 @pytest.mark.parametrize("method", ["auto", "none", "bnb"])
-def test_a_checkpoint_that_is_quantized_already_is_refused(method: str) -> None:
-    stored = {"quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(ConfigError, match=r"model.path=there is already quantized \(gptq\)"):
+def test_a_checkpoint_of_an_unknown_method_is_refused(method: str) -> None:
+    stored = {"quantization_config": {"quant_method": "hqq"}}
+    with pytest.raises(ConfigError, match=r"model.path=there is quantized with hqq, which is not supported"):
         resolve_spec(QuantSettings(method=method), stored, "there")
 
 

@@ -66,7 +66,6 @@ def test_a_home_folder_is_expanded(
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="task.prompt_file does not expand ~, unlike data.path, model.path, output.dir")
 def test_a_template_in_the_home_folder(
     small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

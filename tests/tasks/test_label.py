@@ -67,10 +67,10 @@ def test_the_distribution_is_scipys(logprobs: list[float]) -> None:
     found = result(made, scored(*logprobs))
     probs = special.softmax(np.array(logprobs))
     names = [f"label {i}" for i in range(len(logprobs))]
-    assert [name for name, _ in found["label_probs"]] == names
-    assert [p for _, p in found["label_probs"]] == pytest.approx(probs, rel=1e-9, abs=1e-300)
-    assert sum(p for _, p in found["label_probs"]) == pytest.approx(1, abs=1e-12)
-    assert found["label_logprob"] == list(zip(names, logprobs, strict=True))
+    assert list(found["label_probs"]) == names
+    assert list(found["label_probs"].values()) == pytest.approx(probs, rel=1e-9, abs=1e-300)
+    assert sum(found["label_probs"].values()) == pytest.approx(1, abs=1e-12)
+    assert list(found["label_logprob"].items()) == list(zip(names, logprobs, strict=True))
     assert found["entropy"] == pytest.approx(stats.entropy(probs), rel=1e-9, abs=1e-12)
     assert found["margin"] == pytest.approx(np.diff(np.sort(probs))[-1], rel=1e-9, abs=1e-12)
     assert found["label"] == names[int(np.argmax(logprobs))]
@@ -87,7 +87,7 @@ def test_equals_go_to_the_first_label() -> None:
 
 def test_an_impossible_label_has_probability_zero() -> None:
     found = result(task(), scored(-1.0, -math.inf, -math.inf))
-    assert [p for _, p in found["label_probs"]] == [1.0, 0.0, 0.0]
+    assert list(found["label_probs"].values()) == [1.0, 0.0, 0.0]
     assert found["entropy"] == 0
 
 
