@@ -25,6 +25,7 @@ from pipeline.core import SamplingParams
 from pipeline.engine.plan import EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import KERNELS, QuantSettings
+from pipeline.redaction import redacted
 from pipeline.settings import (
     DataSettings,
     ModelSettings,
@@ -39,7 +40,6 @@ FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SECRET = re.compile(r"secret|passw|credential|(^|_)(token|key|sas)$", re.IGNORECASE)
 
 
 def config_folder() -> Path:
@@ -134,7 +134,7 @@ def _build(config: DictConfig) -> RunConfig:
         shard=_shard(values["shard"]),
         dry_run=values["dry_run"],
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
-        resolved=_redacted(values),
+        resolved=redacted(values),
     )
 
 
@@ -173,13 +173,17 @@ def _data(values: Mapping[str, Any]) -> DataSettings:
     path = values["path"]
     paths = path if isinstance(path, list) else [path]
     if not paths or not all(isinstance(p, str) and p for p in paths):
-        raise ConfigError(f"data.path must be a file, folder, glob, or list of these, got {path}")
+        raise ConfigError(f"data.path must be a file, folder, glob, URL, or list of these, got {path}")
     return DataSettings(
         kind=values["kind"],
         path=tuple(paths),
         columns=_names("data.columns", values),
         limit=_positive("data.limit", values["limit"]),
         chunk_rows=_positive("data.chunk_rows", values["chunk_rows"]) or 1,
+        storage_options=values["storage_options"],
+        name=values.get("name"),
+        split=values.get("split"),
+        revision=values.get("revision"),
     )
 
 
@@ -296,17 +300,6 @@ def _auto_bool(key: str, value: Any) -> bool | None:
     if not isinstance(value, bool):
         raise ConfigError(f"{key} must be auto, true or false, got {value}")
     return value
-
-
-def _redacted(values: Any, key: str = "") -> Any:
-    """The same values with anything that looks like a credential blanked, for run.json and stats."""
-    if isinstance(values, dict):
-        return {k: _redacted(v, str(k)) for k, v in values.items()}
-    if isinstance(values, list):
-        return [_redacted(v, key) for v in values]
-    if isinstance(values, str) and SECRET.search(key):
-        return "(redacted)"
-    return re.sub(r"://[^/@\s]+@", "://(redacted)@", values) if isinstance(values, str) else values
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,46 @@
+"""What looks like a credential is blanked before anything is stored or shown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+BLANK = "(redacted)"
+_SECRET = re.compile(r"secret|passw|credential|(^|_)(token|key|sas)$", re.IGNORECASE)
+_USER = re.compile(r"://[^/@\s]+@")
+_SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_OPTIONS = "storage_options"
+_HARMLESS = ("endpoint_url", "endpoint", "region", "region_name", "profile", "project", "account_name", "protocol")
+
+
+def redacted(values: Any, key: str = "") -> Any:
+    """The same values with anything that looks like a credential blanked, by key name and inside URLs.
+
+    Under `storage_options` the names are those of other people's file systems, so any text there is
+    blanked unless its key is known to be harmless.
+    """
+    if isinstance(values, dict):
+        clean = _redacted_options if key == _OPTIONS else redacted
+        return {k: clean(v, str(k)) for k, v in values.items()}
+    if isinstance(values, list):
+        return [redacted(v, key) for v in values]
+    if isinstance(values, str) and _SECRET.search(key):
+        return BLANK
+    return redacted_url(values) if isinstance(values, str) else values
+
+
+def redacted_url(text: str) -> str:
+    """A text whose URLs show neither user and password nor signed parameters."""
+    return _SIGNED.sub(rf"\1{BLANK}", _USER.sub(f"://{BLANK}@", text))
+
+
+def _redacted_options(values: Any, key: str) -> Any:
+    if isinstance(values, dict):
+        return {k: _redacted_options(v, str(k)) for k, v in values.items()}
+    if isinstance(values, list):
+        return [_redacted_options(v, key) for v in values]
+    if values is None or isinstance(values, bool):
+        return values
+    if isinstance(values, str):
+        return redacted_url(values) if key in _HARMLESS else BLANK
+    return BLANK if _SECRET.search(key) else values
