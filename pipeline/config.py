@@ -7,6 +7,7 @@ under conf/ choose values. `load_config` turns command-line overrides into a fro
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -16,6 +17,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,6 +40,10 @@ from pipeline.settings import (
 )
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
+MAPS = ("task.labels", "task.chat_args", "data.storage_options")
+"""Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
+OPEN_MAPS = ("task.chat_args.", "data.storage_options.")
+"""Keys below which any name is taken."""
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -61,18 +68,42 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Compose conf/ with overrides; an empty command line is the demo. Raises ConfigError."""
     register_schemas()
     GlobalHydra.instance().clear()
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if key in FIXED_BY_CHOICE:
-            raise ConfigError(f"{key} is set by the choice of its group; use {key.split('.')[0]}=... instead")
     try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides) or ["experiment=demo"])
+        lines = [line for override in parsed for line in _hydra_lines(override)]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = compose("config", overrides=list(overrides) or ["experiment=demo"])
+            config = compose("config", overrides=lines)
         OmegaConf.resolve(config)
         _refuse_added_keys(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(_sentence(error, overrides)) from error
     return config
+
+
+def _hydra_lines(override: Override) -> list[str]:
+    """What Hydra is given for an override, after refusing what it would ignore or stumble over."""
+    key, line = override.key_or_group, str(override.input_line)
+    group = re.split(r"[./]", key)[0]
+    if not key:
+        raise ConfigError(f"{line} names no key; a setting is written key=value")
+    if key in FIXED_BY_CHOICE:
+        raise ConfigError(f"{key} is set by the choice of its group; use {group}=... instead")
+    if group == "hydra":
+        raise ConfigError(_unknown_key(key))
+    if override.is_delete():
+        raise ConfigError(f"{line} would delete a key, which is not possible; set {key} to a value or to null")
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{line} has several values for {key}; a list is written {key}=[a,b], and a text with commas is quoted "
+            f"twice, as in '{key}=\"a,b\"'"
+        )
+    if key in group_names() and not isinstance(override.value(), str):
+        raise ConfigError(
+            f"{line} names no choice; {key} can be {', '.join(choices(key))}, and its keys are set one by one"
+        )
+    if key in MAPS and isinstance(override.value(), dict):
+        return [f"{key}=null", line]
+    return [f"++{line.lstrip('+')}"] if key.startswith(OPEN_MAPS) else [line]
 
 
 def _refuse_added_keys(config: DictConfig) -> None:
@@ -130,7 +161,7 @@ def _build(config: DictConfig) -> RunConfig:
         task=_task(values["task"]),
         sampling=_sampling(values["sampling"]),
         engine=_engine(values["engine"]),
-        output=OutputSettings(dir=values["output"]["dir"], columns=_names("output.columns", values["output"])),
+        output=_output(values["output"]),
         shard=_shard(values["shard"]),
         dry_run=values["dry_run"],
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
@@ -180,7 +211,7 @@ def _data(values: Mapping[str, Any]) -> DataSettings:
         columns=_names("data.columns", values),
         limit=_positive("data.limit", values["limit"]),
         chunk_rows=_positive("data.chunk_rows", values["chunk_rows"]) or 1,
-        storage_options=values["storage_options"],
+        storage_options=_map("data.storage_options", values["storage_options"]),
         name=values.get("name"),
         split=values.get("split"),
         revision=values.get("revision"),
@@ -194,7 +225,7 @@ def _task(values: Mapping[str, Any]) -> TaskSettings:
         prompt=_template(values),
         system=values["system"],
         chat=_auto_bool("task.chat", values["chat"]),
-        chat_args=values["chat_args"],
+        chat_args=_map("task.chat_args", values["chat_args"]),
         labels=_labels(values["labels"]) if label else None,
         label_separator=values["label_separator"] if label else None,
         label_eos=_auto_bool("task.label_eos", values["label_eos"]) if label else None,
@@ -222,8 +253,15 @@ def _template(values: Mapping[str, Any]) -> str:
 def _labels(labels: Any) -> Mapping[str, str] | str:
     if isinstance(labels, str):
         return labels
-    named = labels if isinstance(labels, dict) else {label: label for label in labels}
-    named = {str(name): str(text) for name, text in named.items()}
+    if not isinstance(labels, (list, dict)):
+        raise ConfigError(f"task.labels must be a list of labels, a map of label to text, or a column, got {labels}")
+    pairs = list(labels.items()) if isinstance(labels, dict) else [(label, label) for label in labels]
+    for value in (part for pair in pairs for part in pair):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ConfigError(
+                f"task.labels must hold texts, got {value}; quote words such as true, null and (in YAML) yes and no"
+            )
+    named = {str(name): str(text) for name, text in pairs}
     given = len(labels)
     if len(named) < 2 or len(named) != given or len(set(named.values())) != given or not all(named.values()):
         raise ConfigError(f"task.labels must be at least two different, non-empty labels, got {labels}")
@@ -249,6 +287,12 @@ def _engine(values: Mapping[str, Any]) -> EngineSettings:
             "engine.prefill_tokens", _auto_number("engine.prefill_tokens", values["prefill_tokens"], int)
         ),
     )
+
+
+def _output(values: Mapping[str, Any]) -> OutputSettings:
+    if not values["dir"].strip():
+        raise ConfigError("output.dir is empty; name the folder of the results")
+    return OutputSettings(dir=values["dir"], columns=_names("output.columns", values))
 
 
 def _shard(values: Mapping[str, Any]) -> ShardSettings:
@@ -289,9 +333,16 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
 def _auto_number(key: str, value: Any, kind: Callable[[Any], Any], allowed: str = "auto or a number above 0") -> Any:
     if value in ("auto", None):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or kind(value) != value:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf or kind(value) != value:
         raise ConfigError(f"{key} must be {allowed}, got {value}")
     return kind(value)
+
+
+def _map(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a map, as in '{key}={{name: value}}', got {value}")
+    return value
 
 
 def _auto_bool(key: str, value: Any) -> bool | None:
@@ -302,9 +353,12 @@ def _auto_bool(key: str, value: Any) -> bool | None:
     return value
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's and OmegaConf's messages as one sentence with key, value and remedy."""
     text, cause = str(error), str(error.__cause__ or "")
+    if "nterpolation" in text:
+        named = next((override for override in overrides if "${" in override), "the configuration")
+        return f"{named} refers to what is not there ({_first_line(text)}); write \\${{ for the characters themselves"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be parsed ({_first_line(cause or text)}); quote a value with braces, commas or "
@@ -331,7 +385,7 @@ def _unknown_key(key: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "the configuration cannot be composed"
+    return text.strip().splitlines()[0].rstrip(".") if text.strip() else "the configuration cannot be composed"
 
 
 def _suggestion(key: str) -> str:

@@ -83,7 +83,7 @@ class TaskSchema:
     prompt_file: str | None = doc(None, "file that holds the template, in place of task.prompt")
     system: str | None = doc(None, "system message (chat models)")
     chat: Any = doc("auto", "use the tokenizer's chat template: auto (if it has one), true, false")
-    chat_args: dict[str, Any] = doc({}, "further variables of the chat template")
+    chat_args: Any = doc({}, "map of further variables of the chat template")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,13 +25,15 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line."""
-        tqdm.write(text, file=self._stream)
-        self._stream.flush()
+        with _reader_may_leave(self._stream):
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
 
     def result(self, text: str) -> None:
         """One line of what came out."""
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        with _reader_may_leave(sys.stdout):
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
     def loading(self, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, with a bar on a terminal."""
@@ -92,6 +95,15 @@ class RowProgress:
             f"{self._done:,} of {self._total:,} rows ({share:.0f} %), {rate:,.1f} rows/s, "
             f"{tokens_per_s:,.0f} tokens/s, {_clock(left)} left"
         )
+
+
+@contextmanager
+def _reader_may_leave(stream: TextIO) -> Iterator[None]:
+    """A pipe closed at its other end (`| head`) silences the stream; it is no reason to end a run."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.settings import RunConfig
+from pipeline.settings import RunConfig, TaskSettings
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow", "jinja2")
 SPEED_ONLY = ("quant.dequant_cache_gib",)
@@ -27,12 +27,18 @@ def requested(config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint) 
         "tokenizer": {} if tokenizer is checkpoint else {"files": tokenizer.file_hashes()},
         "quant": asdict(config.quant),
         "data": {"limit": config.data.limit, "chunk_rows": config.data.chunk_rows, "columns": config.data.columns},
-        "task": asdict(config.task),
+        "task": _task(config.task),
         "sampling": asdict(config.sampling),
         "engine": asdict(config.engine),
         "output": {"columns": config.output.columns},
     }
     return {key: value for key, value in _flat(parts).items() if key not in SPEED_ONLY}
+
+
+def _task(task: TaskSettings) -> dict[str, Any]:
+    """The labels as pairs: their order decides ties and the order of the columns' maps."""
+    labels = task.labels if isinstance(task.labels, str | None) else [list(pair) for pair in task.labels.items()]
+    return {**asdict(task), "labels": labels}
 
 
 def versions() -> dict[str, str]:

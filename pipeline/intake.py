@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNKS_AHEAD = 2
+UNREADABLE = (ValueError, OverflowError, NotImplementedError)
+"""What pyarrow raises on text that is no UTF-8, dates beyond the year 9999, unknown time zones, rare types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ class Preparation:
 
 
 def read_rows(table: pa.Table) -> list[dict[str, Any] | str]:
-    """The rows as Python values; for a row whose bytes are no valid text, the reason instead."""
+    """The rows as Python values; for a row with a value that Python cannot hold, the reason instead."""
     try:
         rows: list[dict[str, Any] | str] = table.to_pylist()
         return rows or [{} for _ in range(table.num_rows)]
-    except UnicodeDecodeError:
+    except UNREADABLE:
         return [_read_row(table.slice(index, 1)) for index in range(table.num_rows)]
 
 
@@ -81,6 +83,8 @@ def _read_row(row: pa.Table) -> dict[str, Any] | str:
         return values
     except UnicodeDecodeError as error:
         return f"a column of the row is not valid UTF-8 ({error.reason})"
+    except UNREADABLE as error:
+        return f"a column of the row has a value that cannot be read ({error})"
 
 
 def _error(request_id: tuple[str, int], prompt_tokens: int, reason: str) -> Completion:

@@ -6,9 +6,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from pipeline import __version__, fingerprint
 from pipeline.data.open import open_source
@@ -20,11 +22,8 @@ from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import committed_parts
-from pipeline.prompts import RowTemplate
+from pipeline.prompts import RowTemplate, names_in
 from pipeline.settings import RunConfig
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,15 @@ class Job:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.output = OutputFolder(Path(config.output.dir))
+        self.output = OutputFolder(Path(config.output.dir).expanduser())
+        answered = bool(self.output.committed())  # looked at first: whoever commits has made run.json before
+        stored = manifests.load(self.output.run_json) if self.output.run_json.exists() else None
         self.source: Source = open_source(config.data)
+        if stored is not None and _same_columns(stored, config):
+            self.source.fix_schema(stored.input_schema)
         self.found: list[FoundFile] = list(self.source.find())
-        self.input_schema: pa.Schema = self.source.schema()
+        self.count = cache(self.source.count)
+        self.input_schema: pa.Schema = self._input_schema()
         self._check_columns()
         RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(self.input_schema, config.output.columns, config.task.kind, {})
@@ -84,14 +88,19 @@ class Job:
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
         self.manifest: RunManifest | None = None
-        if self.output.run_json.exists():
-            self._adopt(manifests.load(self.output.run_json))
+        if stored is not None:
+            self._adopt(stored)
+        elif answered:
+            raise ConfigError(
+                f"output.dir {self.output.root} has results but no run.json to say what they were made with; "
+                "restore run.json, or use another output.dir"
+            )
 
     @cached_property
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before the first run, as they would be registered."""
         base = self.manifest or self.fresh_manifest({}, {})
-        return manifests.register(base, self.found, self.output.committed())
+        return manifests.register(base, self.found, self.output.committed(), self.count)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -118,6 +127,10 @@ class Job:
         ordered = self.chunks[first:] + self.chunks[:first]
         return [chunk for chunk in ordered if chunk.id not in committed]
 
+    def is_answered(self) -> bool:
+        """Whether every row has its answer; a dataset without rows, when it has its empty Part."""
+        return self.manifest is not None and not self.pending() and bool(self.chunks or self.output.committed())
+
     def fresh_manifest(self, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> RunManifest:
         """The manifest of a first run."""
         return RunManifest(
@@ -129,6 +142,7 @@ class Job:
             files=(),
             chunk_rows=self.config.data.chunk_rows,
             schema=self.schema,
+            input_schema=self.input_schema,
             engine=shapes,
             config=self.config.resolved,
         )
@@ -141,7 +155,7 @@ class Job:
     def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
         fresh = self.fresh_manifest(resolved, shapes)
-        fresh = replace(fresh, files=manifests.register(fresh, self.found, set()))
+        fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
         manifest, created = manifests.create_or_load(self.output.run_json, fresh)
         if not created:
             self._adopt(manifest)
@@ -155,13 +169,13 @@ class Job:
         self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed()))
+        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed(), self.count))
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
         manifests.check(asked_then, self.asked, self.output.root)
-        if not manifest.schema.equals(self.schema):
+        if not (manifest.schema.equals(self.schema) and manifest.input_schema.equals(self.input_schema)):
             raise ConfigError(
                 f"output.dir {self.output.root} has results of another schema than the input would give now; "
                 "restore the input's columns, or use another output.dir"
@@ -172,6 +186,15 @@ class Job:
         self.manifest = manifest
         self.__dict__.pop("files", None)
         self.__dict__.pop("chunks", None)
+
+    def _input_schema(self) -> pa.Schema:
+        """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""
+        schema = self.source.schema()
+        if schema.names or any(self.count(file) if file.rows is None else file.rows for file in self.found):
+            return schema
+        task, kept = self.config.task, self.config.output.columns or ()
+        named = [task.truth, task.labels if isinstance(task.labels, str) else None, *names_in(task.prompt), *kept]
+        return pa.schema([(name, pa.string()) for name in dict.fromkeys(named) if name])
 
     def _tokenizer_checkpoint(self) -> Checkpoint:
         name = self.config.model.tokenizer
@@ -188,3 +211,9 @@ class Job:
         kept = self.config.output.columns
         if task.truth is not None and kept is not None and task.truth not in kept:
             raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")
+
+
+def _same_columns(stored: RunManifest, config: RunConfig) -> bool:
+    """Whether the run was made with the same `data.columns`; if not, the comparison of fingerprints says so."""
+    columns = config.data.columns
+    return stored.fingerprint.get("data.columns") == (None if columns is None else list(columns))

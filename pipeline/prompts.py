@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import ConfigError
@@ -33,6 +33,16 @@ class Prompt:
     error: str | None = None
 
 
+def names_in(source: str) -> list[str]:
+    """The columns that a template speaks of; none where it is no valid template."""
+    environment = ImmutableSandboxedEnvironment()
+    try:
+        names = meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateSyntaxError:
+        return []
+    return sorted(names - {ROW, *environment.globals})
+
+
 class RowTemplate:
     """A Jinja template over a row's columns, in Jinja's sandbox: no attributes, files or environment.
 
@@ -44,21 +54,24 @@ class RowTemplate:
         environment = ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, finalize=_printable, autoescape=False
         )
+        del environment.globals["lipsum"], environment.filters["random"]  # equal rows get equal prompts
+        for name in columns:
+            environment.globals.pop(name, None)  # a column may be called range or dict
         try:
-            names = meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            names = meta.find_undeclared_variables(parsed)
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"task.prompt is no valid Jinja template: {error.message} (line {error.lineno})"
             ) from error
-        names -= set(environment.globals)
         unknown = sorted(names - {*columns, ROW})
         if unknown:
             raise ConfigError(
                 f"task.prompt uses {unknown[0]}, which is no column; the columns are {', '.join(columns) or 'none'}"
             )
         self.columns = list(columns) if ROW in names - set(columns) else sorted(names)
-        self.tail = _constant_tail(source)
+        self.tail = _constant_tail(parsed)
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The row's text; raises whatever a template can raise on a bad row."""
@@ -110,7 +123,9 @@ class PromptBuilder:
     def _text(self, row: Mapping[str, Any]) -> str | Prompt:
         try:
             text = self._template.render(row)
-            return self._around(text) if self.is_chat else text
+            text = self._around(text) if self.is_chat else text
+            text.encode()  # half a surrogate pair would break the tokenizer's whole batch
+            return text
         except Exception as error:  # noqa: BLE001  # the one handler of the house: a bad row becomes an error row
             return Prompt(error=f"the prompt cannot be made: {_reason(error)}")
 
@@ -124,10 +139,10 @@ class PromptBuilder:
     def _check_chat_template(self) -> None:
         try:
             self._around(ANCHOR)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"the tokenizer's chat template refuses the conversation ({error.message}); "
-                "drop task.system or use task.chat=false"
+                f"the tokenizer's chat template refuses the conversation ({_reason(error)}); "
+                "drop task.system or task.chat_args, or use task.chat=false"
             ) from error
 
 
@@ -144,6 +159,9 @@ def _reason(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _constant_tail(source: str) -> str:
-    """The template's constant text behind its last tag."""
-    return re.split(r"[}%#]}", source.removesuffix("\n"))[-1]
+def _constant_tail(template: nodes.Template) -> str:
+    """The constant text that ends whatever the template gives."""
+    last = template.body[-1] if template.body else None
+    parts = last.nodes if isinstance(last, nodes.Output) else []
+    constant = takewhile(lambda part: isinstance(part, nodes.TemplateData), reversed(parts))
+    return "".join(part.data for part in reversed([*constant]) if isinstance(part, nodes.TemplateData))

@@ -6,8 +6,11 @@ import re
 from typing import Any
 
 BLANK = "(redacted)"
-_SECRET = re.compile(r"secret|passw|credential|(^|_)(token|key|sas)$", re.IGNORECASE)
-_USER = re.compile(r"://[^/@\s]+@")
+_SECRET = re.compile(
+    r"secret|passw|credential|connection_?string|(api|access|account|private|auth)_?(key|token)|(^|_)(token|key|sas)$",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"://[^/\s]+@")
 _SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 _OPTIONS = "storage_options"
 _HARMLESS = ("endpoint_url", "endpoint", "region", "region_name", "profile", "project", "account_name", "protocol")
@@ -19,13 +22,13 @@ def redacted(values: Any, key: str = "") -> Any:
     Under `storage_options` the names are those of other people's file systems, so any text there is
     blanked unless its key is known to be harmless.
     """
+    if _SECRET.search(key) and values is not None:
+        return BLANK
     if isinstance(values, dict):
         clean = _redacted_options if key == _OPTIONS else redacted
         return {k: clean(v, str(k)) for k, v in values.items()}
     if isinstance(values, list):
-        return [redacted(v, key) for v in values]
-    if isinstance(values, str) and _SECRET.search(key):
-        return BLANK
+        return [redacted(v) for v in values]
     return redacted_url(values) if isinstance(values, str) else values
 
 

@@ -58,7 +58,7 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     if config.dry_run:
         return show_plan(job, console)
     with Claims(job.output.claims) as claims:
-        if job.pending() or job.manifest is None:
+        if not job.is_answered():
             answer_rows(job, claims, console, stopping, started)
         return finish(job, claims, console)
 

@@ -126,7 +126,7 @@ def write_stats(folder: Path, stats: RunStats, intervals: list[Interval]) -> Pat
 
     Raises RunFailed when the folder cannot be written.
     """
-    name = f"{stats.started_at:%Y%m%dT%H%M%S}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
+    name = f"{stats.started_at:%Y%m%dT%H%M%S%f}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
     make_folder(folder)
     run_path = folder / f"run-{name}.parquet"
     _write(run_path, [asdict(stats)], [asdict(stats)])

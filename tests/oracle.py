@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ VOCAB = 509
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 112,
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -116,28 +116,33 @@ class EngineUnderTest:
 BuildEngine = Callable[..., EngineUnderTest]
 
 
-def drive(engine: Engine, requests: Iterable[Request], *, polls_between: int = 0) -> dict[Any, Completion]:
-    """Completions by request id; also checks that the tokens reported on the way are those of the completion."""
-    done: dict[Any, Completion] = {}
-    streamed: dict[Any, list[int]] = {}
+@dataclass
+class Collector:
+    """Polls an engine; checks that nothing follows a completion and that all its tokens were reported before."""
 
-    def poll() -> None:
-        for output in engine.poll():
-            assert output.request_id not in done, "news of a request that has ended"
-            streamed.setdefault(output.request_id, []).extend(output.new_token_ids)
+    engine: Engine
+    done: dict[Any, Completion] = field(default_factory=dict)
+    streamed: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+
+    def poll(self) -> None:
+        for output in self.engine.poll():
+            assert output.request_id not in self.done, "news of a request that has ended"
+            self.streamed[output.request_id] = self.streamed.get(output.request_id, ()) + output.new_token_ids
             if output.completion is not None:
-                done[output.request_id] = output.completion
+                self.done[output.request_id] = output.completion
+                assert output.completion.error or self.streamed[output.request_id] == output.completion.token_ids
 
+
+def drive(engine: Engine, requests: Iterable[Request], *, polls_between: int = 0) -> dict[Any, Completion]:
+    """Submit, then poll until nothing is left; completions by request id."""
+    collector = Collector(engine)
     for request in requests:
         engine.submit(request)
         for _ in range(polls_between):
-            poll()
+            collector.poll()
     while engine.unfinished:
-        poll()
-    for request_id, completion in done.items():
-        if completion.error is None:
-            assert tuple(streamed[request_id]) == completion.token_ids
-    return done
+        collector.poll()
+    return collector.done
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def oracle_logprob(model: nn.Module, prompt: Sequence[int], answer: Sequence[int
     """Summed log-probability of `answer` after `prompt` under the unmodified softmax, in float64."""
     logprobs = torch.log_softmax(oracle_logits(model, [*prompt, *answer]), dim=-1)
     places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    return float(logprobs[places, torch.tensor(list(answer))].sum())
+    return float(logprobs[places, torch.tensor(list(answer), dtype=torch.long)].sum())
 
 
 def random_prompt(rng: random.Random, length: int, vocab: int = VOCAB) -> tuple[int, ...]:

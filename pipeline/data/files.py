@@ -67,9 +67,7 @@ class Located:
 
     def renewed(self) -> Located:
         """The same file with the size it has now."""
-        return Located(
-            name=self.name, path=self.path, inner=self.inner, key=self.key, size=_size_now(self), fs=self.fs
-        )
+        return Located(name=self.name, path=self.path, inner=self.inner, key=self.key, size=_size_now(self), fs=self.fs)
 
 
 def locate(paths: str | Sequence[str], kind: FileKind, storage_options: Mapping[str, Any]) -> list[Located]:

@@ -206,7 +206,7 @@ def _checked(wanted: Any, convert: Coerce, kind: pa.DataType, path: str) -> Coer
     return coerce
 
 
-def _double(value: float, path: str) -> float:
+def _double(value: float, path: str) -> Any:
     if isinstance(value, MinusZero):
         return -0.0
     try:

@@ -11,6 +11,7 @@ from pipeline.data.files import FileKind, Located, edge_digests, locate, reachin
 from pipeline.data.json_rows import RowParser
 from pipeline.data.json_values import Unfit, infer_schema, parse_object
 from pipeline.data.lines import LineIndex, LineReader, compression_of
+from pipeline.data.schemas import checked_columns
 from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
@@ -35,7 +36,7 @@ class JsonlSource:
     ) -> None:
         """Keep the settings; nothing is read."""
         self._path = path
-        self._columns = columns
+        self._columns = checked_columns(columns)
         self._storage_options = storage_options or {}
         self._schema: pa.Schema | None = None
         self._files: dict[str, Located] = {}

@@ -188,6 +188,8 @@ def unfit(request: Request, plan: EnginePlan) -> str | None:
     """Why the engine cannot take the request (too long, unknown tokens), or None if it can."""
     if not request.prompt_ids:
         return "the prompt has no tokens"
+    if not all(request.candidates):
+        return "a label has no tokens"
     largest = max(map(max, (request.prompt_ids, *request.candidates)))
     if largest >= plan.vocab:
         return f"the tokenizer gives token {largest}, but the model knows {plan.vocab} tokens"

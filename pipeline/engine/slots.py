@@ -62,6 +62,7 @@ class SlotBatch:
         self.device = device
         self.seats: dict[int, Seat] = {}
         self._free = list(range(length_class.slots))
+        self._not_finite: set[int] = set()
         self._rows: SamplerRows | None = None
         self._token_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
         self._position_B = torch.zeros(length_class.slots, dtype=torch.int64, device=device)
@@ -74,8 +75,16 @@ class SlotBatch:
         return len(self._free)
 
     def reserve(self, count: int) -> list[int]:
-        """Take the lowest free slots, so that a part-filled batch runs a small shape."""
-        return [heapq.heappop(self._free) for _ in range(count)]
+        """Take the lowest free slots, so that a part-filled batch runs a small shape.
+
+        A slot that computed anything not finite is wiped: attention gives a place beyond a row's length
+        the weight 0, but 0 * nan is nan. That includes the steps a slot ran after its row had ended.
+        """
+        slots = [heapq.heappop(self._free) for _ in range(count)]
+        for slot in self._not_finite.intersection(slots):
+            self.cache.clear(slot)
+        self._not_finite.difference_update(slots)
+        return slots
 
     def seat(self, slots: Sequence[int], seats: Sequence[Seat], first_B: Tensor) -> None:
         """Put prefilled rows, whose first tokens are `first_B`, into reserved slots."""
@@ -89,10 +98,10 @@ class SlotBatch:
         self._rows = None
 
     def release(self, slot: int) -> None:
-        """Free a slot; one whose row broke is wiped so that the next row cannot see its values."""
+        """Free a slot, which goes on being decoded along with the others until its next row."""
         seat = self.seats.pop(slot)
         if seat.finish is FinishReason.ERROR:
-            self.cache.clear(slot)
+            self._not_finite.add(slot)
         heapq.heappush(self._free, slot)
         self._rows = None
 
@@ -122,6 +131,7 @@ class SlotBatch:
         tokens = torch.stack([s.tokens_B for s in sampled], dim=1).tolist()
         logprobs = torch.stack([s.logprobs_B for s in sampled], dim=1).tolist()
         finite = torch.stack([s.finite_B for s in sampled], dim=1).tolist()
+        self._not_finite.update(slot for slot, flags in enumerate(finite) if not all(flags))
         for slot, seat in self.seats.items():
             for token, logprob, is_finite in zip(tokens[slot], logprobs[slot], finite[slot], strict=True):
                 seat.accept(token, logprob, is_finite)

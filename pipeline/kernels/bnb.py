@@ -77,7 +77,10 @@ def dequantize_4bit(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
             functional.dequantize_blockwise(absmax, absmax=inner.absmax, code=inner.code, blocksize=inner.blocksize)
             + inner.offset
         )
+    # On CPUs with AVX512, 0.50 takes the wrong block maxima where a row ends within a block; one long row is right.
+    rows, columns = weight.shape
+    shape = (rows, columns) if columns % weight.blocksize == 0 else (1, rows * columns)
     out: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        weight.packed.reshape(-1, 1), absmax.float(), weight.blocksize, weight.quant_type, weight.shape, dtype
+        weight.packed.reshape(-1, 1), absmax.float(), weight.blocksize, weight.quant_type, shape, dtype
     )
-    return out
+    return out.reshape(rows, columns)

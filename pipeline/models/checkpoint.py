@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(file: Path) -> Iterator[TensorInfo]:
+def _read_header(file: Path) -> list[TensorInfo]:
     """Format: 8 bytes little-endian length, then a JSON object of name to dtype, shape and offsets (safetensors)."""
     broken = ConfigError(f"{file} is truncated or no safetensors file; fetch the checkpoint again")
     size = file.stat().st_size
@@ -136,16 +136,20 @@ def _read_header(file: Path) -> Iterator[TensorInfo]:
         length = int.from_bytes(stream.read(8), "little")
         if length > size - 8:
             raise broken
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise broken from error
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        first, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise broken
-        yield TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - first)
+        content = stream.read(length)
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        places = {name: entry["data_offsets"] for name, entry in header.items()}
+        infos = [
+            TensorInfo(name, file, header[name]["dtype"], tuple(header[name]["shape"]), end - first)
+            for name, (first, end) in places.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise broken from error
+    if any(8 + length + end > size for _, end in places.values()):
+        raise broken
+    return infos
 
 
 def _sampled_hash(file: Path) -> str:

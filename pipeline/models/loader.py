@@ -131,7 +131,8 @@ def _is_quantized(model: nn.Module, path: str, module: nn.Module, spec: QuantSpe
 
 def _finish(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """Refuse a model with holes, and move the computed buffers to the device."""
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    tensors = (*model.named_parameters(), *model.named_buffers())  # the bias of a quantized Linear is a buffer
+    missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"model.path={checkpoint.name} lacks tensor {missing[0]}{more}; fetch the checkpoint again")

@@ -179,9 +179,7 @@ def register(
 
 def _registered(ordinal: int, file: FoundFile, count: Callable[[FoundFile], int]) -> SourceFile:
     rows = count(file) if file.rows is None else file.rows
-    return SourceFile(
-        ordinal=ordinal, name=file.name, path=file.path, size=file.size, rows=rows, digest=file.digest
-    )
+    return SourceFile(ordinal=ordinal, name=file.name, path=file.path, size=file.size, rows=rows, digest=file.digest)
 
 
 def _still(file: SourceFile, found: FoundFile | None, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:

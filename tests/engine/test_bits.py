@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import MAX_POSITIONS, EngineUnderTest, drive, random_prompt
+from oracle import MAX_POSITIONS, Collector, EngineUnderTest, drive, random_prompt
 
 from pipeline.core import Request, SamplingParams
 
@@ -21,7 +21,7 @@ MODELS = [
     for dtype in (torch.float32, torch.bfloat16)
     for quant in ("none", "nf4")
 ]
-THREADS = [pytest.param(1, id="1thread"), pytest.param(2, id="2threads")]
+THREADS = [pytest.param(1, id="1thread"), pytest.param(2, id="2threads", marks=pytest.mark.slow)]
 
 
 def varied_rows(count: int, seed: int = 0) -> list[Request]:
@@ -110,18 +110,20 @@ def test_half_of_the_rows_cancelled(wide: Callable[..., EngineUnderTest], dtype:
     engine = under_test.engine()
     for row in rows:
         engine.submit(row)
-    for row in rows[0:12]:
+    for row in rows[::4]:
         engine.cancel(row.id)
-    done = {o.request_id: o.completion for _ in range(2) for o in engine.poll() if o.completion}
-    for row in rows[24:36]:
+    collector = Collector(engine)
+    collector.poll()
+    seen = set(collector.done)
+    for row in rows[1::4]:
         engine.cancel(row.id)
-    gone = {r.id for r in (*rows[0:12], *rows[24:36])} - set(done)
     engine.cancel("nobody")
-    assert engine.unfinished == len(rows) - len(done) - len(gone)
-    assert len(gone) >= 15
-    later = drive(engine, [])
-    assert not gone & set(later)
-    assert done | later == {n: c for n, c in expected.items() if n not in gone}
+    gone = {r.id for r in (*rows[::4], *rows[1::4])} - seen
+    assert len(gone) > len(rows[::4]), "some were cancelled while they were decoded"
+    assert engine.unfinished == len(rows) - len(seen | gone)
+    while engine.unfinished:
+        collector.poll()
+    assert collector.done == {n: c for n, c in expected.items() if n not in gone}
 
 
 @pytest.mark.parametrize(("dtype", "quant"), MODELS)
@@ -139,7 +141,7 @@ def test_a_used_engine_answers_like_a_fresh_one(
 
 @pytest.mark.parametrize(("dtype", "quant"), MODELS)
 def test_number_of_threads(wide: Callable[..., EngineUnderTest], dtype: torch.dtype, quant: str) -> None:
-    rows = varied_rows(32)
+    rows = varied_rows(12)
     engine = wide(dtype, quant)
     expected = engine.answer(rows)
     before = torch.get_num_threads()
@@ -161,7 +163,7 @@ def test_matrix_products_of_listed_shapes_give_a_row_equal_bits(
     checkpoint_folder: Callable[[str], Path],
     build_engine: Callable[..., Any],
 ) -> None:
-    """What the plan's shapes rest on: at every listed number of rows, and at every place, BLAS gives a row equal bits."""
+    """What the shapes rest on: BLAS gives a row equal bits at every listed number of rows, at every place."""
     plan = build_engine(checkpoint_folder("llama")).plan
     listed = {*plan.prefill_tokens, *plan.logit_rows, *(n for c in plan.length_classes for n in plan.decode_slots(c))}
     assert max(listed) >= MAX_POSITIONS

@@ -1,0 +1,206 @@
+"""The list of shapes: nothing else is run, it survives run.json, and too little memory is told with both sizes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import drive, greedy, random_prompt
+from torch import Tensor
+
+from pipeline.core import Request, SamplingParams
+from pipeline.engine.attention import SlotDecode
+from pipeline.engine.plan import GIB, EnginePlan, EngineSettings, ModelGeometry, longest_rows, plan_engine
+from pipeline.errors import ConfigError
+
+LLAMA3 = ModelGeometry(
+    layers=32, kv_heads=8, head_dim=128, hidden=4096, intermediate=14336, vocab=128256, max_positions=8192
+)
+KV_BYTES_LLAMA3 = 131072
+"""Keys and values of one token of Llama-3-8B in bfloat16: 2 * 32 layers * 8 heads * 128 * 2 bytes."""
+
+
+def make_plan(budget: int = 64 * GIB, device: str = "cuda", longest: int = 8192, **engine: Any) -> EnginePlan:
+    return plan_engine(
+        LLAMA3,
+        EngineSettings(**engine),
+        longest=longest,
+        device_type=device,
+        kv_budget_bytes=budget,
+        kv_itemsize=2,
+    )
+
+
+def test_kv_bytes_of_a_known_model() -> None:
+    assert LLAMA3.kv_bytes_per_token(2) == KV_BYTES_LLAMA3
+
+
+@given(
+    device=st.sampled_from(["cpu", "cuda"]),
+    longest=st.integers(2, 40_000),
+    slots=st.none() | st.integers(1, 700),
+    prefill_tokens=st.none() | st.integers(1, 20_000),
+)
+def test_every_shape_is_a_multiple_of_16_and_holds_the_longest_row(
+    device: str, longest: int, slots: int | None, prefill_tokens: int | None
+) -> None:
+    plan = make_plan(1 << 50, device, longest, slots=slots, prefill_tokens=prefill_tokens)
+    decode = [n for c in plan.length_classes for n in plan.decode_slots(c)]
+    for sizes in (plan.prefill_tokens, plan.logit_rows, decode):
+        assert all(n > 0 and n % 16 == 0 for n in sizes)
+    assert plan.max_len == longest
+    assert list(plan.prefill_tokens) == sorted(set(plan.prefill_tokens))
+    assert list(plan.logit_rows) == sorted(set(plan.logit_rows))
+    assert max(plan.prefill_tokens) >= longest
+    assert plan.shared_tokens in plan.prefill_tokens
+    assert plan.shared_logit_rows in plan.logit_rows
+    assert [c.max_len for c in plan.length_classes] == sorted({c.max_len for c in plan.length_classes})
+    assert all(plan.decode_slots(c)[-1] == c.slots for c in plan.length_classes)
+
+
+@given(
+    device=st.sampled_from(["cpu", "cuda"]),
+    longest=st.integers(2, 20_000),
+    budget=st.integers(0, 80 * GIB),
+    slots=st.none() | st.integers(1, 600),
+)
+def test_a_plan_stays_within_its_budget_or_says_what_is_missing(
+    device: str, longest: int, budget: int, slots: int | None
+) -> None:
+    try:
+        plan = make_plan(budget, device, longest, slots=slots)
+    except ConfigError as error:
+        assert f"{budget / GIB:.2f} GiB" in str(error)
+    else:
+        taken = sum((c.slots + 1) * c.max_len for c in plan.length_classes) * KV_BYTES_LLAMA3
+        assert taken == plan.kv_bytes <= budget
+        assert slots is None or plan.length_classes[0].slots >= slots
+
+
+def test_auto_slots_are_lowered_until_they_fit() -> None:
+    large, small = make_plan(200 * GIB), make_plan(40 * GIB)
+    assert small.length_classes[0].slots < large.length_classes[0].slots == 512
+
+
+@pytest.mark.parametrize(
+    ("engine", "remedy"), [({"slots": 512}, "lower engine.slots or engine.max_len"), ({}, "lower engine.max_len")]
+)
+def test_a_budget_that_is_too_small_names_both_sizes(engine: dict[str, int], remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        make_plan(2 * GIB, **engine)
+    sizes = [float(s) for s in re.findall(r"([\d.]+) GiB", str(caught.value))]
+    assert sizes[0] > sizes[1] == 2.0
+    assert "model.memory" in str(caught.value)
+
+
+def test_a_negative_budget_is_told_as_nothing_left() -> None:
+    with pytest.raises(ConfigError, match=r"but 0\.00 GiB are left"):
+        make_plan(-GIB)
+
+
+@pytest.mark.parametrize("key", ["engine.max_len", "model.max_len"])
+def test_rows_longer_than_the_model_are_refused(key: str) -> None:
+    settings = EngineSettings(max_len=9000 if key.startswith("engine") else None)
+    with pytest.raises(ConfigError, match=f"{key}=9000 is more than the 8192 positions"):
+        longest_rows(LLAMA3, settings, 9000 if key.startswith("model") else None)
+
+
+def test_the_shorter_of_two_limits_counts() -> None:
+    assert longest_rows(LLAMA3, EngineSettings(max_len=700), 600) == [600]
+    assert longest_rows(LLAMA3, EngineSettings(max_len=500), 600) == [500]
+    lengths = longest_rows(LLAMA3, EngineSettings(), None)
+    assert lengths[0] == 8192
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("engine", [{}, {"slots": 48, "prefill_tokens": 100}])
+def test_a_plan_survives_json(device: str, engine: dict[str, int]) -> None:
+    plan = make_plan(device=device, **engine)
+    again = EnginePlan.from_dict(json.loads(json.dumps(plan.as_dict())))
+    assert again == plan
+    assert hash(again) == hash(plan)
+
+
+class Spy:
+    """A model that notes the shape of each pass."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.prefills: set[tuple[int, int]] = set()
+        self.decodes: set[tuple[int, int]] = set()
+
+    def logits(self, tokens_T: Tensor, positions_T: Tensor, attention: Any, wanted_L: Tensor | None) -> Tensor:
+        assert tokens_T.shape == positions_T.shape
+        if isinstance(attention, SlotDecode):
+            assert wanted_L is None
+            self.decodes.add((tokens_T.shape[0], attention.cache.max_len))
+        else:
+            assert wanted_L is not None
+            self.prefills.add((tokens_T.shape[0], wanted_L.shape[0]))
+        logits: Tensor = self.decoder.logits(tokens_T, positions_T, attention, wanted_L)
+        return logits
+
+
+@pytest.mark.parametrize("engine", [{"slots": 64, "prefill_tokens": 128}, {"slots": 16, "prefill_tokens": 1024}, {}])
+def test_only_listed_shapes_are_run(
+    engine: dict[str, int], checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    under_test = build_engine(checkpoint_folder("llama"), **engine)
+    plan = under_test.plan
+    spy = Spy(under_test.decoder)
+    rng = random.Random(0)
+    rows: list[Request] = []
+    for n in range(150):
+        prompt = random_prompt(rng, rng.choice([1, 3, 17, 50, 120, 260, 500]))
+        if n % 3 == 0:
+            candidates = tuple(random_prompt(rng, rng.randrange(1, 9)) for _ in range(rng.choice([1, 5, 15])))
+            rows.append(Request(id=n, prompt_ids=prompt, candidates=candidates))
+        else:
+            rows.append(greedy(n, prompt, rng.choice([1, 3, 20])))
+    running = under_test.engine(spy)
+    assert len(drive(running, rows, polls_between=0)) == 150
+    drive(running, rows[:40], polls_between=1)
+    assert len(spy.prefills) > 3
+    assert all(tokens in plan.prefill_tokens and rows_ in plan.logit_rows for tokens, rows_ in spy.prefills)
+    listed = {(n, c.max_len) for c in plan.length_classes for n in plan.decode_slots(c)}
+    assert spy.decodes <= listed
+    assert {max_len for _, max_len in spy.decodes} == {c.max_len for c in plan.length_classes}
+
+
+def test_counters_count_what_was_asked_and_answered(
+    checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    under_test = build_engine(checkpoint_folder("llama"), slots=16)
+    rng = random.Random(1)
+    rows = [greedy(n, random_prompt(rng, rng.choice([1, 30, 300])), 7) for n in range(20)]
+    spy = Spy(under_test.decoder)
+    engine = under_test.engine(spy)
+    answers = drive(engine, rows)
+    counters = engine.counters
+    assert counters.prompt_tokens == sum(len(r.prompt_ids) for r in rows)
+    assert counters.completion_tokens == sum(len(a.token_ids) for a in answers.values())
+    assert counters.padded_tokens > 0
+    assert min(counters.prefill_passes, counters.decode_steps, counters.prefill_s, counters.decode_s) > 0
+
+
+def test_a_class_that_no_row_needs_takes_no_memory(
+    checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    under_test = build_engine(checkpoint_folder("llama"))
+    engine = under_test.engine()
+    made = []
+    make_cache = engine._make_cache
+    engine._make_cache = lambda c: made.append(c) or make_cache(c)  # type: ignore[func-returns-value]
+    drive(engine, [greedy(0, (5, 6), 3), Request(id=1, prompt_ids=(5,) * 400, candidates=((6,), (7,)))])
+    assert made == [under_test.plan.length_classes[0]]
+    sampled = SamplingParams(max_new_tokens=3, temperature=1.0)
+    drive(engine, [Request(id=2, prompt_ids=(5,) * 400, sampling=sampled)])
+    assert made == list(under_test.plan.length_classes)

@@ -1,0 +1,74 @@
+"""A row's output depends on the row and the settings alone: not on neighbours, order, chunks, slots or threads."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from harness import TINY, environment, label_args, results, run_cli, run_here, write
+
+SAMPLED = ["sampling.temperature=1.2", "sampling.top_k=100", "sampling.seed=3"]
+KINDS = {
+    "greedy": ["sampling.max_new_tokens=12"],
+    "sampled": ["sampling.max_new_tokens=12", *SAMPLED],
+    "label": label_args({"a": "billing", "b": "the shop", "c": "the shopping list", "d": "crash of it"}),
+}
+DEPENDS_ON_PLACE = {"row_id"}
+
+
+@pytest.fixture(scope="module")
+def permuted(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows in another order, some of them twice, in other row groups and two files."""
+    table = pq.read_table(varied)
+    order = list(range(len(table))) + list(range(0, len(table), 3))
+    random.Random(1).shuffle(order)
+    folder = tmp_path_factory.mktemp("permuted") / "in"
+    write(folder / "b.parquet", table.take(order[:31]), row_group_size=7)
+    write(folder / "a.parquet", table.take(order[31:]))
+    return folder
+
+
+def by_key(out: Path) -> dict[int, Any]:
+    """Each key's output columns; rows with the same key must agree."""
+    table = results(out)
+    found: dict[int, Any] = {}
+    for row in table.drop_columns([c for c in table.column_names if c in DEPENDS_ON_PLACE]).to_pylist():
+        assert row["error"] is None
+        assert found.setdefault(row["key"], row) == row, "equal rows, other bits"
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quant", ["none", "bnb"])
+def test_bits_do_not_depend_on_place(
+    kind: str, quant: str, small_model: Path, varied: Path, permuted: Path, tmp_path: Path
+) -> None:
+    model = TINY if kind == "label" else small_model
+    args = ["model=path", f"model.path={model}", "model.dtype=bfloat16", f"quant={quant}", *KINDS[kind]]
+    variants: dict[str, list[str]] = {
+        "one chunk": [f"data.path={varied}"],
+        "permuted, small chunks": [f"data.path={permuted}", "data.chunk_rows=9"],
+        "sixteen slots": [f"data.path={varied}", "engine.slots=16", "data.chunk_rows=25"],
+        "alone": [f"data.path={permuted}", "data.chunk_rows=1", "data.limit=3"],
+    }
+    answers = {}
+    for name, more in variants.items():
+        out = tmp_path / name.replace(" ", "-").replace(",", "")
+        run_here(*args, *more, f"output.dir={out}").done()
+        answers[name] = by_key(out)
+    expected = answers.pop("one chunk")
+    assert len(expected) == 60
+    for name, found in answers.items():
+        assert found == {key: expected[key] for key in found}, name
+        assert len(found) == (3 if name == "alone" else 60)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(small_model: Path, varied: Path, tmp_path: Path) -> None:
+    """Two processes, one with two threads: also that a process of its own equals a run in this one."""
+    args = ["model=path", f"model.path={small_model}", "quant=none", f"data.path={varied}", *KINDS["sampled"]]
+    run_here(*args, f"output.dir={tmp_path / 'here'}").done()
+    run_cli(*args, f"output.dir={tmp_path / 'two'}", env=environment(OMP_NUM_THREADS="2")).done()
+    assert results(tmp_path / "two").equals(results(tmp_path / "here"))

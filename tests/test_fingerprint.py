@@ -1,0 +1,163 @@
+"""What guards resume: every setting that can change a row is in the fingerprint, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config, fingerprint
+from pipeline.engine.plan import EngineSettings
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.output.manifest import diff
+from pipeline.quant.spec import QuantSettings
+from pipeline.settings import (
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    RunConfig,
+    SamplingSettings,
+    ShardSettings,
+    TaskSettings,
+)
+
+TINY = config.PACKAGE / "assets" / "tiny"
+LABELS = {"a": "a", "b": "b", "c": "c"}
+RUN = RunConfig(
+    model=ModelSettings(path=str(TINY)),
+    quant=QuantSettings(method="bnb"),
+    data=DataSettings(kind="parquet", path=("rows.parquet",)),
+    task=TaskSettings(kind="label", prompt="{{ text }}", labels=LABELS),
+    sampling=SamplingSettings(),
+    engine=EngineSettings(),
+    output=OutputSettings(dir="out"),
+    shard=ShardSettings(),
+    dry_run=False,
+    max_error_rate=1.0,
+    resolved={},
+)
+
+
+def run(group: str = "", **changes: Any) -> RunConfig:
+    """A run with other settings in one group, or at the root."""
+    return replace(RUN, **({group: replace(getattr(RUN, group), **changes)} if group else changes))
+
+
+def requested(asked: RunConfig = RUN, folder: Path = TINY, tokenizer: Path | None = None) -> dict[str, Any]:
+    checkpoint = open_checkpoint(str(folder))
+    return fingerprint.requested(asked, checkpoint, open_checkpoint(str(tokenizer)) if tokenizer else checkpoint)
+
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ once both have been through run.json."""
+    lines = diff(json.loads(json.dumps(then)), json.loads(json.dumps(now)))
+    return [line.split(": ", 1)[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("model", "dtype", "float32"),
+        ("model", "max_len", 512),
+        ("model", "trust_remote_code", True),
+        ("quant", "method", "none"),
+        ("quant", "double_quant", False),
+        ("quant", "kernel", "reference"),
+        ("quant", "skip_modules", ("q_proj",)),
+        ("data", "chunk_rows", 7),
+        ("data", "limit", 7),
+        ("data", "columns", ("text",)),
+        ("task", "kind", "generate"),
+        ("task", "prompt", "{{ text }} "),
+        ("task", "system", ""),
+        ("task", "chat", False),
+        ("task", "chat_args", {"thinking": False}),
+        ("task", "labels", {"a": "a", "b": "b"}),
+        ("task", "labels", {"b": "b", "a": "a", "c": "c"}),
+        ("task", "labels", {"a": "b", "b": "a", "c": "c"}),
+        ("task", "labels", "column"),
+        ("task", "labels", None),
+        ("task", "label_eos", True),
+        ("task", "label_separator", " "),
+        ("task", "abstain_below", 0.5),
+        ("sampling", "seed", 3),
+        ("sampling", "temperature", None),
+        ("sampling", "temperature", 1.0),
+        ("sampling", "stop_token_ids", (3,)),
+        ("sampling", "max_new_tokens", 3),
+        ("engine", "slots", 32),
+        ("engine", "max_len", 32),
+        ("engine", "prefill_tokens", 32),
+        ("output", "columns", ("text",)),
+    ],
+)
+def test_what_changes_a_row_changes_the_fingerprint(group: str, key: str, value: Any) -> None:
+    keys = changed(requested(), requested(run(group, **{key: value})))
+    assert keys
+    assert all(k == f"{group}.{key}" or k.startswith(f"{group}.{key}.") for k in keys)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("quant", "dequant_cache_gib", 0.0),
+        ("shard", "count", 4),
+        ("data", "path", ("/moved/rows.parquet",)),
+        ("output", "dir", "elsewhere"),
+        ("model", "memory_gib", 1.0),
+        ("", "dry_run", True),
+        ("", "max_error_rate", 0.1),
+    ],
+)
+def test_what_changes_no_row_does_not(group: str, key: str, value: Any) -> None:
+    assert changed(requested(), requested(run(group, **{key: value}))) == []
+
+
+def test_a_prompt_in_a_file_is_the_same_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "any.jinja"
+    file.write_text("Say {{ text }}")
+    base = ["data.path=rows.parquet", "output.dir=out"]
+    inline = config.load_config([*base, 'task.prompt="Say {{ text }}"'])
+    assert requested(config.load_config([*base, f"task.prompt_file={file}"])) == requested(inline)
+
+
+def test_keys_are_flat_and_values_survive_json() -> None:
+    found = requested(run("task", chat_args={"a": {"b": [1, 2]}}))
+    assert json.loads(json.dumps(found)) == found
+    assert not any(isinstance(value, dict) and value for value in found.values())
+    assert found["task.chat_args.a.b"] == [1, 2]
+    assert found["task.labels"] == [["a", "a"], ["b", "b"], ["c", "c"]]
+
+
+def test_a_moved_checkpoint_is_the_same_and_a_changed_one_is_not(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(TINY, tmp_path / "copy"))
+    assert requested(folder=copy) == requested()
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert changed(requested(), requested(folder=copy)) == ["model.files.chat_template.jinja"]
+    with (copy / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last[0] ^ 1]))
+    assert set(changed(requested(), requested(folder=copy))) == {
+        "model.files.chat_template.jinja",
+        "model.files.model.safetensors",
+    }
+
+
+def test_another_tokenizer_is_part_of_it(tmp_path: Path) -> None:
+    other = Path(shutil.copytree(TINY, tmp_path / "other"))
+    keys = changed(requested(), requested(tokenizer=other))
+    assert "tokenizer.files.tokenizer.json" in keys
+    assert all(key.startswith("tokenizer") for key in keys)
+
+
+def test_versions_are_for_the_record() -> None:
+    found = fingerprint.versions()
+    assert set(found) == {f"versions.{name}" for name in (*fingerprint.LIBRARIES, "python")}
+    assert not set(found) & set(requested())

@@ -1,0 +1,369 @@
+"""Rows to prompt token ids, compared with the tokenizer and the chat template as transformers applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, pre_tokenizers
+
+from pipeline.config import PACKAGE
+from pipeline.errors import ConfigError
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.prompts import PromptBuilder, RowTemplate
+from pipeline.settings import TaskSettings
+
+TINY = str(PACKAGE / "assets" / "tiny")
+COLUMNS = ["text", "n", "odd name", "nothing"]
+ROW: dict[str, Any] = {"text": "my invoice", "n": 3, "odd name": "odd", "nothing": None}
+LABELS = ["billing", "login", " billing", "Zahlung", "🙂", "a b", ",", "<|end|>"]
+
+tiny = Tokenizer(TINY)
+oracle = transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+def builder(prompt: str = "{{ text }}", columns: Sequence[str] = COLUMNS, **settings: Any) -> PromptBuilder:
+    return PromptBuilder(tiny, TaskSettings(kind="generate", prompt=prompt, **settings), columns)
+
+
+def rendered(prompt: str, row: dict[str, Any] | None = None) -> str:
+    return RowTemplate(prompt, COLUMNS).render(ROW if row is None else row)
+
+
+def reason(prompt: str, row: dict[str, Any] | None = None, columns: Sequence[str] = COLUMNS) -> str:
+    """Why the row has no prompt."""
+    made = builder(prompt, columns).build([ROW if row is None else row])
+    assert len(made) == 1
+    assert made[0].token_ids == ()
+    assert made[0].error is not None
+    assert "\n" not in made[0].error
+    return made[0].error
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("{{ text }}", "my invoice"),
+        ("{{ n }} and {{ 1.5 }} and {{ n + 1 }}", "3 and 1.5 and 4"),
+        ('{{ row["odd name"] }}/{{ row.text }}', "odd/my invoice"),
+        ("{% if nothing %}a{% else %}b{% endif %}", "b"),
+        ("{{ nothing or 'none given' }}", "none given"),
+        ("{% if nothing is none %}null{% endif %}", "null"),
+        ("{{ text | upper | replace('MY', 'your') }}", "your INVOICE"),
+        ("{{ '<b>' }}{{ text ~ '&' }}", "<b>my invoice&"),
+        ("line\n{{ text }}\n", "line\nmy invoice"),
+        ("{% for i in range(3) %}{{ i }}{% endfor %}", "012"),
+        ("no tag", "no tag"),
+    ],
+)
+def test_a_template_over_the_columns(prompt: str, text: str) -> None:
+    assert rendered(prompt) == text
+
+
+@pytest.mark.parametrize("value", ["", " ", "0", "{{ text }}", "{% raw %}", "<|end|>", "a\x00b", "é🙂\u200d", "\r\n"])
+def test_a_value_is_inserted_as_it_is(value: str) -> None:
+    assert rendered("[{{ text }}]", {**ROW, "text": value}) == f"[{value}]"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "null"),
+        (b"bytes", "bytes, not text"),
+        (["a"], "list, not text"),
+        ({"a": 1}, "dict, not text"),
+        (date(2026, 1, 1), "date, not text"),
+    ],
+)
+def test_a_value_that_is_no_text_is_an_error(value: Any, kind: str) -> None:
+    row = {**ROW, "text": value}
+    assert reason("Say {{ text }}", row) == f"the prompt cannot be made: a value of the template is {kind}"
+    assert kind in reason("{{ row['text'] }}", row)
+    assert builder("Say {% if text %}something{% endif %}").build([row])[0].error is None
+
+
+def test_a_row_without_the_column_is_an_error() -> None:
+    assert "text" in reason("{{ text }}", {})
+    assert "nope" in reason("{{ row['nope'] }}")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{{ nope }}",
+        "{% if nope %}a{% endif %}",
+        "{{ nope.x }}",
+        "{% for i in nope %}a{% endfor %}",
+        "{{ text ~ nope }}",
+        "{{ lipsum() }}",
+        "{% set a = lipsum %}{{ a }}",
+    ],
+)
+def test_an_unknown_column_is_a_config_error_with_the_columns(prompt: str) -> None:
+    with pytest.raises(ConfigError, match=r"task\.prompt uses (nope|lipsum), .* text, n, odd name, nothing$"):
+        RowTemplate(prompt, COLUMNS)
+    with pytest.raises(ConfigError, match="the columns are none"):
+        RowTemplate(prompt, [])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{{ text", "{% if text %}", "{{ text | }}", "{{ text | nope }}", "{% nope %}", "{{ [1, 2] | random }}"]
+)
+def test_a_syntax_error_is_a_config_error_with_the_line(prompt: str) -> None:
+    with pytest.raises(ConfigError, match=r"^task\.prompt is no valid Jinja template: .* \(line 2\)$"):
+        RowTemplate(f"a\n{prompt}", COLUMNS)
+
+
+def test_the_columns_that_a_template_reads() -> None:
+    assert RowTemplate("{{ text }}{% if n %}{% endif %}", COLUMNS).columns == ["n", "text"]
+    assert RowTemplate("{{ row.text }}", COLUMNS).columns == COLUMNS
+    assert RowTemplate("{% set n = 1 %}{{ n }}", COLUMNS).columns == []
+    assert RowTemplate("{{ row }}", ["row", "text"]).columns == ["row"]
+
+
+@pytest.mark.parametrize("name", ["range", "dict", "namespace", "lipsum", "row", "cycler"])
+def test_a_column_may_have_the_name_of_a_jinja_function(name: str) -> None:
+    template = RowTemplate(f"{{{{ {name} }}}}", [name, "text"])
+    assert template.columns == [name]
+    assert template.render({name: "value"}) == "value"
+
+
+# --- sandbox -----------------------------------------------------------------------------------------------------
+
+ESCAPES = [
+    "{{ ''.__class__ }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ text.__class__ }}",
+    "{{ text | attr('__class__') }}",
+    "{{ n.__add__ }}",
+    "{{ row.__class__ }}",
+    "{{ '{0.__class__}'.format(text) }}",
+    "{{ '%s' | format(text.__class__) }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ joiner.__init__.__globals__ }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ self._TemplateReference__context }}",
+    "{{ lipsum.__globals__['os'] }}",
+    "{{ lipsum }}",
+    "{{ lipsum() }}",
+    "{{ dict }}",
+    "{{ range }}",
+    "{{ text.upper }}",
+    "{{ config }}",
+    "{{ request }}",
+    "{% include '/etc/passwd' %}",
+    "{% include 'x' ignore missing %}{{ nothing }}",
+    "{% import 'x' as y %}{{ y }}",
+    "{% from 'x' import y %}{{ y }}",
+    "{% extends 'x' %}",
+    "{{ range(10**12) | list }}",
+    "{% for i in range(10**12) %}a{% endfor %}",
+    "{{ row.pop('text') }}",
+    "{{ row.update({'text': 1}) }}",
+    "{{ row.items() }}",
+    "{% set row.text = 1 %}",
+]
+
+
+@pytest.mark.parametrize("prompt", ESCAPES)
+def test_the_sandbox_gives_nothing_away(prompt: str) -> None:
+    row = dict(ROW)
+    try:
+        template = builder(prompt)
+    except ConfigError:
+        return
+    [made] = template.build([row])
+    assert made.token_ids == ()
+    assert made.error is not None
+    assert row == ROW
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_bad_row_leaves_the_others_as_they_are(chat: bool) -> None:
+    made = builder("Say {{ text }} {{ 6 / n }}", chat=chat)
+    good = [{**ROW, "text": text} for text in ("one", "two two", "", "drei")]
+    bad = [{**ROW, "n": 0}, {**ROW, "text": None}, {}, {**ROW, "n": "x"}]
+    alone = [made.build([row])[0] for row in good]
+    mixed = made.build([bad[0], good[0], bad[1], bad[2], good[1], good[2], bad[3], good[3]])
+    assert [prompt for prompt in mixed if prompt.error is None] == alone
+    assert [index for index, prompt in enumerate(mixed) if prompt.error is not None] == [0, 2, 3, 6]
+    assert "division by zero" in str(mixed[0].error)
+    assert made.build(bad)[1].error == mixed[2].error
+    assert made.build([]) == []
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_half_a_surrogate_pair_costs_only_its_own_row(chat: bool) -> None:
+    made = builder("{{ text }}{% if n %}{{ '\\ud800' }}{% endif %}", chat=chat)
+    bad, good = made.build([{"text": "a", "n": 1}, {"text": "a", "n": 0}])
+    assert "surrogates not allowed" in str(bad.error)
+    assert [good] == builder(chat=chat).build([{"text": "a"}])
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+VALUES = TEXT | st.none() | st.integers() | st.floats() | st.booleans() | st.binary(max_size=4) | st.lists(TEXT)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({}, optional={"text": VALUES, "n": VALUES}), max_size=6), chat=st.booleans())
+def test_one_prompt_a_row_in_order_whatever_it_holds(rows: list[dict[str, Any]], chat: bool) -> None:
+    made = builder("{{ text }}|{{ n }}", chat=chat).build(rows)
+    assert len(made) == len(rows)
+    for row, prompt in zip(rows, made, strict=True):
+        printable = all(isinstance(row.get(name), (str, int, float)) for name in ("text", "n"))
+        assert (prompt.error is None) == printable
+        if printable:
+            text = f"{row['text']}|{row['n']}"
+            assert prompt.token_ids == tuple(chat_ids(text) if chat else oracle(text)["input_ids"])
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+def chat_ids(text: str, system: str | None = None) -> list[int]:
+    """The ids that transformers itself makes of the conversation."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
+    encoded = oracle.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("text", ["my invoice", "", " x ", "é🙂", "a\nb", "<|user|>"])
+@pytest.mark.parametrize("system", [None, "Be brief.", ""])
+def test_a_chat_is_what_apply_chat_template_gives(text: str, system: str | None) -> None:
+    [made] = builder(system=system, chat=True).build([{"text": text}])
+    assert list(made.token_ids) == chat_ids(text, system)
+    assert made.token_ids.count(oracle.bos_token_id) == 1
+    assert made.token_ids[0] == oracle.bos_token_id
+    assert builder(system=system).build([{"text": text}]) == [made], "chat is auto: this tokenizer has a template"
+
+
+@pytest.mark.parametrize("text", ["my invoice", " x ", "é🙂", "a\nb"])
+def test_plain_text_is_what_the_tokenizer_gives(text: str) -> None:
+    [made] = builder("Say: {{ text }}", chat=False).build([{"text": text}])
+    assert list(made.token_ids) == oracle(f"Say: {text}")["input_ids"]
+
+
+def test_chat_arguments_reach_the_template(chat_template: Any) -> None:
+    tokenizer = chat_template("{{ messages[0].content }}{% if thinking is defined and not thinking %} no{% endif %}")
+    for arguments, text in (({}, "hello"), ({"thinking": False}, "hello no"), ({"thinking": True}, "hello")):
+        settings = TaskSettings(kind="generate", prompt="{{ text }}", chat_args=arguments)
+        [made] = PromptBuilder(tokenizer, settings, COLUMNS).build([{"text": "hello"}])
+        assert list(made.token_ids) == oracle(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_chat_without_a_template_is_a_config_error(chat_template: Any) -> None:
+    tokenizer = chat_template(None)
+    with pytest.raises(ConfigError, match=r"^task\.chat=true, but the tokenizer has no chat template"):
+        PromptBuilder(tokenizer, TaskSettings(kind="generate", prompt="x", chat=True), COLUMNS)
+    assert not PromptBuilder(tokenizer, TaskSettings(kind="generate", prompt="x"), COLUMNS).is_chat
+    with pytest.raises(ConfigError, match=r"^task\.system is set, but the prompt is no chat"):
+        PromptBuilder(tokenizer, TaskSettings(kind="generate", prompt="x", system="Be brief."), COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [
+        ("{{ raise_exception('no system message') }}", {}),
+        ("{{ messages[0].nope.nope }}", {}),
+        ("{{ messages[0].content }}", {"tokenize": True}),
+        ("{{ messages[0].content }}", {"continue_final_message": True}),
+    ],
+)
+def test_a_chat_template_that_refuses_is_a_config_error(
+    template: str, arguments: dict[str, Any], chat_template: Any
+) -> None:
+    settings = TaskSettings(kind="generate", prompt="x", system="Be brief.", chat_args=arguments)
+    with pytest.raises(ConfigError, match=r"chat template refuses the conversation \(.+\); drop task\.system"):
+        PromptBuilder(chat_template(template), settings, COLUMNS)
+
+
+@pytest.fixture
+def chat_template(tmp_path: Any) -> Any:
+    """The shipped tokenizer with another chat template, or with none."""
+
+    def make(template: str | None) -> Tokenizer:
+        changed = transformers.AutoTokenizer.from_pretrained(TINY)
+        changed.chat_template = template
+        changed.save_pretrained(tmp_path)
+        return Tokenizer(str(tmp_path))
+
+    return make
+
+
+def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"^model\.tokenizer: .* name one with model\.tokenizer="):
+        Tokenizer(str(tmp_path))
+
+
+# --- continuations -----------------------------------------------------------------------------------------------
+
+
+def joint(prompt: str, label: str) -> tuple[int, ...]:
+    """The label's part of the tokens of prompt and label as one text."""
+    before, whole = (oracle(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + label))
+    assert whole[: len(before)] == before, "the boundary is not kept"
+    return tuple(whole[len(before) :])
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_behind_a_chat_is_cut_as_in_place(label: str) -> None:
+    made = builder(chat=True, system="Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "any text"}]
+    prompt = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert made.continuation(label) == joint(prompt, label)
+
+
+@pytest.mark.parametrize("label", [f" {label}" for label in LABELS])
+@pytest.mark.parametrize("tail", ["", "\nLabel:", " {# note #}topic", "{% if n %}{% endif %}?", "{{ '' -}}  \n :"])
+def test_a_label_behind_a_plain_prompt_is_cut_as_in_place(tail: str, label: str) -> None:
+    prompt = f"Which? {{{{ text }}}}{tail}"
+    assert builder(prompt, chat=False).continuation(label) == joint(rendered(prompt), label)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tail"),
+    [
+        ("{{ text }}\nLabel:\n", "\nLabel:"),
+        ("{{ text -}}  \n :", ":"),
+        ("{{ text }} a{# note #} b", " a b"),
+        ('{{ text }}, {"a": {"b": 1}}', ', {"a": {"b": 1}}'),
+        ("{{ text }}", ""),
+        ("{% if n %}a{% endif %}", ""),
+        ("all constant", "all constant"),
+        ("", ""),
+    ],
+)
+def test_the_constant_text_that_every_prompt_ends_with(prompt: str, tail: str) -> None:
+    assert RowTemplate(prompt, COLUMNS).tail == tail
+    assert rendered(prompt).endswith(tail)
+
+
+def test_a_label_that_merges_with_the_prompt_is_tokenized_alone(tmp_path: Any) -> None:
+    """With merges a+b and :+b, no cut of "x:b" gives the prompt's own tokens, so the label's are its own."""
+    vocab = {token: index for index, token in enumerate(["x", ":", "a", "b", "c", ":b", "ab"])}
+    backend = RustTokenizer(models.BPE(vocab=vocab, merges=[(":", "b"), ("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    made = PromptBuilder(tokenizer, TaskSettings(kind="label", prompt="{{ text }}:"), COLUMNS)
+    assert tokenizer.encode(["x:", "x:b", "x:ab"], add_special_tokens=False) == [[0, 1], [0, 5], [0, 1, 6]]
+    assert made.continuation("b") == (vocab["b"],)
+    assert made.continuation("ab") == (vocab["ab"],)
+    assert made.continuation("c") == (vocab["c"],)
