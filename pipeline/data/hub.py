@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, RunFailed
 
 SHARDS = FileKind("Arrow", (".arrow",))
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_STATE, _DICT = "state.json", "dataset_dict.json"
+_STATE, _DICT, _INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,8 @@ class HubSource:
             saved = self._open(path)
             self._check(saved)
             found += self._found_indexed(saved, single) if saved.indices else self._found_shards(saved, single)
+        if self._schema is None:
+            raise ConfigError(f"data.path {', '.join(paths)} has no rows and no columns; name another split or dataset")
         return found
 
     def count(self, found: FoundFile) -> int:
@@ -130,6 +132,8 @@ class HubSource:
                 f"data.path {folder} holds no dataset of save_to_disk ({_STATE} is missing); for files use "
                 "data=parquet or data=jsonl"
             )
+        if not state["_data_files"]:
+            self._schema = self._schema or project(_features(self._json(folder, _INFO)), self._columns, folder)
         indices = state.get("_indices_files") or state.get("_indices_data_files") or []
         return _Saved(self._files(folder, state["_data_files"]), self._files(folder, indices))
 
@@ -218,6 +222,13 @@ def prepared_files(path: str, asked: HubAsked) -> list[str]:
             f"data.path {path} is no folder on this machine, and cannot be had from the hub as a dataset "
             f"({first_line(error)}); check data.path, data.name, data.revision and the connection"
         ) from error
+
+
+def _features(info: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a dataset that was saved without rows, and so without shards."""
+    import datasets
+
+    return datasets.Features.from_dict(info["features"]).arrow_schema
 
 
 def _split(path: str, splits: Sequence[str], asked: str | None) -> str:
