@@ -55,7 +55,7 @@ class DataSchema:
     columns: list[str] | None = doc(None, "input columns to read; all if null")
     limit: int | None = doc(None, "only the first rows of the dataset")
     chunk_rows: int = doc(4096, "rows in a chunk, the unit of commit; fixed at the first run")
-    storage_options: dict[str, Any] = doc({}, "what fsspec needs for URLs: endpoint, credentials, ...")
+    storage_options: Any = doc({}, "what fsspec needs for URLs: endpoint, credentials, ...")
 
 
 @dataclass

@@ -154,9 +154,12 @@ class Job:
 
     def start(self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
-        fresh = self.fresh_manifest(resolved, shapes)
-        fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
-        manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+        if self.manifest is None:
+            fresh = self.fresh_manifest(resolved, shapes)
+            fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
+            manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+        else:
+            manifest, created = manifests.load(self.output.run_json), False
         if not created:
             self._adopt(manifest)
             self.check_resolved(resolved)

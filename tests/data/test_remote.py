@@ -194,10 +194,8 @@ def test_a_file_system_that_cannot_be_had_is_one_sentence(url: str, message: str
 
 def test_wrong_credentials_and_hosts_are_one_sentence(s3_options: dict[str, Any]) -> None:
     fsspec.filesystem("s3", **s3_options).mkdir("bucket2")
-    nobody = {
-        "client_kwargs": {"endpoint_url": "http://127.0.0.1:1"},
-        "config_kwargs": {"retries": {"max_attempts": 0}},
-    }
+    refused = {"endpoint_url": "http://127.0.0.1:1"}
+    nobody = {"client_kwargs": refused, "config_kwargs": {"retries": {"max_attempts": 0}}}
     for options in ({**s3_options, **nobody}, {**s3_options, "nonsense": 3}):
         with pytest.raises(ConfigError, match=r"data\.path s3://bucket2/x\.parquet") as error:
             ParquetSource("s3://bucket2/x.parquet", storage_options=options).find()
