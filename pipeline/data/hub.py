@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -210,6 +211,7 @@ def prepared_files(path: str, asked: HubAsked) -> list[str]:
     """
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry; the sentence below is enough
     try:
         builder = datasets.load_dataset_builder(path, asked.name, revision=asked.revision)
         builder.download_and_prepare()

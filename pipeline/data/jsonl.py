@@ -89,7 +89,7 @@ class JsonlSource:
     def _reader(self, path: str) -> LineReader:
         file = self._files[path]
         index = self._indexes.setdefault(path, LineIndex())
-        return LineReader(lambda: file.open(in_order=True), compression_of(file.path), index)
+        return LineReader(lambda: file.open(in_order=True), compression_of(file.inner), index)
 
     def _infer(self) -> pa.Schema:
         if not self._files:
