@@ -40,8 +40,10 @@ from pipeline.settings import (
 )
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
-MAPS = ("task.labels", "task.chat_args", "sampling.columns")
+MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
+OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.")
+"""Keys below which any name is taken."""
 PACKAGE = Path(__file__).parent
 DEFAULT_PROMPT = "{{ prompt }}"
 TOO_LONG = ("error", "truncate_left", "truncate_right")
@@ -102,8 +104,7 @@ def _hydra_lines(override: Override) -> list[str]:
         )
     if key in MAPS and isinstance(override.value(), dict):
         return [f"{key}=null", line]
-    grows = key.startswith(("task.chat_args.", "sampling.columns."))
-    return [f"++{line.lstrip('+')}"] if grows else [line]
+    return [f"++{line.lstrip('+')}"] if key.startswith(OPEN_MAPS) else [line]
 
 
 def _refuse_added_keys(config: DictConfig) -> None:
@@ -206,13 +207,17 @@ def _data(values: Mapping[str, Any]) -> DataSettings:
     path = values["path"]
     paths = path if isinstance(path, list) else [path]
     if not paths or not all(isinstance(p, str) and p for p in paths):
-        raise ConfigError(f"data.path must be a file, folder, glob, or list of these, got {path}")
+        raise ConfigError(f"data.path must be a file, folder, glob, URL, or list of these, got {path}")
     return DataSettings(
         kind=values["kind"],
         path=tuple(paths),
         columns=_names("data.columns", values),
         limit=_positive("data.limit", values["limit"]),
         chunk_rows=_positive("data.chunk_rows", values["chunk_rows"]) or 1,
+        storage_options=_map("data.storage_options", values["storage_options"]),
+        name=values.get("name"),
+        split=values.get("split"),
+        revision=values.get("revision"),
     )
 
 

@@ -62,15 +62,29 @@ class QuantInt8Schema(QuantKernelSchema):
 @dataclass
 class DataSchema:
     kind: str = MISSING
+    path: Any = doc(MISSING, "file, folder, glob, fsspec URL, or list of these; data=hub: saved dataset or hub id")
+    columns: list[str] | None = doc(None, "input columns to read; all if null")
+    limit: int | None = doc(None, "only the first rows of the dataset")
+    chunk_rows: int = doc(4096, "rows in a chunk, the unit of commit; fixed at the first run")
+    storage_options: Any = doc({}, "what fsspec needs for URLs: endpoint, credentials, ...")
 
 
 @dataclass
 class DataParquetSchema(DataSchema):
     kind: str = "parquet"
-    path: Any = doc(MISSING, "file, folder, glob, or list of these")
-    columns: list[str] | None = doc(None, "input columns to read; all if null")
-    limit: int | None = doc(None, "only the first rows of the dataset")
-    chunk_rows: int = doc(4096, "rows in a chunk, the unit of commit; fixed at the first run")
+
+
+@dataclass
+class DataJsonlSchema(DataSchema):
+    kind: str = "jsonl"
+
+
+@dataclass
+class DataHubSchema(DataSchema):
+    kind: str = "hub"
+    name: str | None = doc(None, "configuration of a hub dataset; its default one if null")
+    split: str | None = doc(None, "split to read; needed where there are several")
+    revision: str | None = doc(None, "branch, tag or commit of a hub dataset")
 
 
 @dataclass
@@ -154,7 +168,7 @@ class RootSchema:
 GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "model": {"base": ModelSchema},
     "quant": {"base": QuantSchema, "auto": QuantKernelSchema, "bnb": QuantBnbSchema, "bnb-int8": QuantInt8Schema},
-    "data": {"parquet": DataParquetSchema},
+    "data": {"parquet": DataParquetSchema, "jsonl": DataJsonlSchema, "hub": DataHubSchema},
     "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema},
     "sampling": {"base": SamplingSchema},
     "engine": {"base": EngineSchema},

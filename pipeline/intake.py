@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import Completion, FinishReason, Request
-from pipeline.data.source import Chunk, Source, SourceFile
+from pipeline.data.source import Chunk, Rows, Source, SourceFile
 from pipeline.prompts import PromptBuilder
 from pipeline.tasks.task import Task
 
@@ -45,9 +45,9 @@ class Preparation:
         self._unfit = unfit
         self._columns = list(dict.fromkeys([*prompts.columns, *task.columns]))
 
-    def prepare(self, chunk: Chunk, table: pa.Table) -> PreparedChunk:
+    def prepare(self, chunk: Chunk, data: Rows) -> PreparedChunk:
         """Requests of the good rows, error completions of the others."""
-        rows = read_rows(table.select(self._columns))
+        rows = [data.errors.get(i, row) for i, row in enumerate(read_rows(data.table.select(self._columns)))]
         requests: list[Request] = []
         failed: list[Completion] = []
         readable = [row for row in rows if isinstance(row, dict)]
@@ -55,7 +55,7 @@ class Preparation:
         for index, row in enumerate(rows):
             prepared = self._prepare_row((chunk.id, index), row, prompts)
             (requests if isinstance(prepared, Request) else failed).append(prepared)  # type: ignore[arg-type]
-        return PreparedChunk(chunk, table, [r if isinstance(r, dict) else {} for r in rows], requests, failed)
+        return PreparedChunk(chunk, data.table, [r if isinstance(r, dict) else {} for r in rows], requests, failed)
 
     def _prepare_row(self, request_id: tuple[str, int], row: Any, prompts: Iterator[Any]) -> Request | Completion:
         if not isinstance(row, dict):
@@ -152,9 +152,8 @@ class Intake:
     def _prepared(self) -> Iterator[PreparedChunk]:
         for ordinal, chunks in _by_file(self._chunks):
             claimed: list[Chunk] = []
-            tables = self._source.read(self._files[ordinal], self._claims(chunks, claimed))
-            for table in tables:
-                yield self._preparation.prepare(claimed[-1], table)
+            for rows in self._source.read(self._files[ordinal], self._claims(chunks, claimed)):
+                yield self._preparation.prepare(claimed[-1], rows)
 
     def _claims(self, chunks: Sequence[Chunk], claimed: list[Chunk]) -> Iterator[Chunk]:
         """Chunks as they can be claimed, each only when the reader is ready for it."""

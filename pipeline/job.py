@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import committed_parts
 from pipeline.settings import RunConfig
-from pipeline.template import RowTemplate
+from pipeline.template import RowTemplate, names_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,14 @@ class Job:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.output = OutputFolder(Path(config.output.dir).expanduser())
+        answered = bool(self.output.committed())  # looked at first: whoever commits has made run.json before
+        stored = manifests.load(self.output.run_json) if self.output.run_json.exists() else None
         self.source: Source = open_source(config.data)
+        if stored is not None and _same_columns(stored, config):
+            self.source.fix_schema(stored.input_schema)
         self.found: list[FoundFile] = list(self.source.find())
-        self.input_schema: pa.Schema = self.source.schema()
+        self.count = cache(self.source.count)
+        self.input_schema: pa.Schema = self._input_schema()
         self._check_columns()
         if config.task.messages is None:
             RowTemplate(config.task.prompt, self.input_schema.names)
@@ -86,9 +91,8 @@ class Job:
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
         self.manifest: RunManifest | None = None
-        answered = bool(self.output.committed())  # looked at first: whoever commits has made run.json before
-        if self.output.run_json.exists():
-            self._adopt(manifests.load(self.output.run_json))
+        if stored is not None:
+            self._adopt(stored)
         elif answered:
             raise ConfigError(
                 f"output.dir {self.output.root} has results but no run.json to say what they were made with; "
@@ -99,7 +103,7 @@ class Job:
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before the first run, as they would be registered."""
         base = self.manifest or self.fresh_manifest({}, {}, {})
-        return manifests.register(base, self.found, self.output.committed())
+        return manifests.register(base, self.found, self.output.committed(), self.count)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -143,6 +147,7 @@ class Job:
             files=(),
             chunk_rows=self.config.data.chunk_rows,
             schema=self.schema,
+            input_schema=self.input_schema,
             engine=shapes,
             config=self.config.resolved,
         )
@@ -161,9 +166,12 @@ class Job:
         self, claims: Claims, resolved: Mapping[str, Any], shapes: Mapping[str, Any], noted: Mapping[str, Any]
     ) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
-        fresh = self.fresh_manifest(resolved, shapes, noted)
-        fresh = replace(fresh, files=manifests.register(fresh, self.found, set()))
-        manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+        if self.manifest is None:
+            fresh = self.fresh_manifest(resolved, shapes, noted)
+            fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
+            manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+        else:
+            manifest, created = manifests.load(self.output.run_json), False
         if not created:
             self._adopt(manifest)
             self.check_resolved(resolved)
@@ -177,13 +185,13 @@ class Job:
         self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed()))
+        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed(), self.count))
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
         manifests.check(asked_then, self.asked, self.output.root, started=bool(self.output.committed()))
-        if not manifest.schema.equals(self.schema):
+        if not (manifest.schema.equals(self.schema) and manifest.input_schema.equals(self.input_schema)):
             raise ConfigError(
                 f"output.dir {self.output.root} has results of another schema than the input would give now; "
                 "restore the input's columns, or use another output.dir"
@@ -194,6 +202,15 @@ class Job:
         self.manifest = manifest
         self.__dict__.pop("files", None)
         self.__dict__.pop("chunks", None)
+
+    def _input_schema(self) -> pa.Schema:
+        """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""
+        schema = self.source.schema()
+        if schema.names or any(self.count(file) if file.rows is None else file.rows for file in self.found):
+            return schema
+        task, kept = self.config.task, self.config.output.columns or ()
+        named = [task.truth, task.labels if isinstance(task.labels, str) else None, *names_in(task.prompt), *kept]
+        return pa.schema([(name, pa.string()) for name in dict.fromkeys(named) if name])
 
     def _tokenizer_checkpoint(self) -> Checkpoint:
         name = self.config.model.tokenizer
@@ -226,3 +243,9 @@ def _run_labels(config: RunConfig) -> list[str] | None:
     """The names of the run's labels, if it has any of its own."""
     labels = config.task.labels
     return list(labels) if isinstance(labels, Mapping) else None
+
+
+def _same_columns(stored: RunManifest, config: RunConfig) -> bool:
+    """Whether the run was made with the same `data.columns`; if not, the comparison of fingerprints says so."""
+    columns = config.data.columns
+    return stored.fingerprint.get("data.columns") == (None if columns is None else list(columns))

@@ -5,25 +5,45 @@ from __future__ import annotations
 import re
 from typing import Any
 
-SECRET = re.compile(
+BLANK = "(redacted)"
+_SECRET = re.compile(
     r"secret|passw|credential|connection_?string|(api|access|account|private|auth)_?(key|token)|(^|_)(token|key|sas)$",
     re.IGNORECASE,
 )
-SIGNATURE = re.compile(r"([?&][^=&\s]*(?:sig|signature|credential|token|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
-BLANK = "(redacted)"
+_USER = re.compile(r"://[^/\s]+@")
+_SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_OPTIONS = "storage_options"
+_HARMLESS = ("endpoint_url", "endpoint", "region", "region_name", "profile", "project", "account_name", "protocol")
 
 
 def redacted(values: Any, key: str = "") -> Any:
-    """The same values with anything that looks like a credential blanked.
+    """The same values with anything that looks like a credential blanked, by key name and inside URLs.
 
-    By key, and in URLs the user part and signatures of the query.
+    Under `storage_options` the names are those of other people's file systems, so any text there is
+    blanked unless its key is known to be harmless.
     """
-    if SECRET.search(key) and values is not None:
+    if _SECRET.search(key) and values is not None:
         return BLANK
     if isinstance(values, dict):
-        return {k: redacted(v, str(k)) for k, v in values.items()}
+        clean = _redacted_options if key == _OPTIONS else redacted
+        return {k: clean(v, str(k)) for k, v in values.items()}
     if isinstance(values, list | tuple):
         return [redacted(v) for v in values]
-    if isinstance(values, str) and "://" in values:
-        return SIGNATURE.sub(rf"\g<1>{BLANK}", re.sub(r"://[^/\s]+@", f"://{BLANK}@", values))
-    return values
+    return redacted_url(values) if isinstance(values, str) else values
+
+
+def redacted_url(text: str) -> str:
+    """A text whose URLs show neither user and password nor signed parameters."""
+    return _SIGNED.sub(rf"\1{BLANK}", _USER.sub(f"://{BLANK}@", text))
+
+
+def _redacted_options(values: Any, key: str) -> Any:
+    if isinstance(values, dict):
+        return {k: _redacted_options(v, str(k)) for k, v in values.items()}
+    if isinstance(values, list):
+        return [_redacted_options(v, key) for v in values]
+    if values is None or isinstance(values, bool):
+        return values
+    if isinstance(values, str):
+        return redacted_url(values) if key in _HARMLESS else BLANK
+    return BLANK if _SECRET.search(key) else values

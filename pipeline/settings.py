@@ -30,13 +30,17 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """The `data` group; `kind` is the choice (parquet)."""
+    """The `data` group; `kind` is the choice (parquet, jsonl, hub). `name`, `split`, `revision` are hub's."""
 
     kind: str
     path: tuple[str, ...]
     columns: tuple[str, ...] | None = None
     limit: int | None = None
     chunk_rows: int = 4096
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

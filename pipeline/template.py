@@ -20,6 +20,16 @@ class NotText(TypeError):
     """A value in a template's output that is null or no text."""
 
 
+def names_in(source: str) -> list[str]:
+    """The columns that a template speaks of; none where it is no valid template."""
+    environment = ImmutableSandboxedEnvironment()
+    try:
+        names = meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateSyntaxError:
+        return []
+    return sorted(names - {ROW, *environment.globals})
+
+
 class NullColumn:
     """A null in a template: false in a condition, none in a test, and an error wherever it would be printed."""
 

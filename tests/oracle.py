@@ -114,15 +114,40 @@ class EngineUnderTest:
     geometry: ModelGeometry
     dtype: torch.dtype
 
-    def engine(self, decoder: TransformersDecoder | None = None) -> Engine:
+    def engine(self, decoder: TransformersDecoder | None = None, *, steps_per_poll: int | None = None) -> Engine:
         device = torch.device("cpu")
-        return Engine(
-            decoder or self.decoder, self.plan, lambda c: KVCache(self.geometry, c, self.dtype, device), device
+        engine = Engine(
+            decoder or self.decoder,
+            self.plan,
+            lambda c: KVCache(self.geometry, c, self.dtype, device),
+            device,
+            text_of,
         )
+        engine._steps_per_poll = steps_per_poll or engine._steps_per_poll
+        return engine
 
     def answer(self, requests: Iterable[Request]) -> dict[Any, Completion]:
         """Submit everything, then poll to the end."""
         return drive(self.engine(), requests)
+
+
+def _pieces() -> list[bytes]:
+    """The text of each token: letters, and characters of two to four bytes, some of them in parts."""
+    rng = random.Random(0)
+    letters = [bytes(rng.choices(b"abcdefgh", k=rng.choice([1, 1, 2, 3]))) for _ in range(VOCAB)]
+    for token in range(0, VOCAB, 3):
+        character = rng.choice("éñ€語🙂").encode()
+        cut = rng.randrange(len(character))
+        letters[token] = rng.choice([character, character[cut:] + b"a", b"b" + character[:cut], character[:1]])
+    return letters
+
+
+PIECES = _pieces()
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """A decoder like those of byte-level tokenizers: bytes put together, what is no UTF-8 replaced."""
+    return b"".join(PIECES[token] for token in token_ids).decode("utf-8", errors="replace")
 
 
 BuildEngine = Callable[..., EngineUnderTest]
@@ -134,15 +159,17 @@ class Collector:
 
     engine: Engine
     done: dict[Any, Completion] = field(default_factory=dict)
-    streamed: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    streamed: dict[tuple[Any, int], tuple[int, ...]] = field(default_factory=dict)
 
     def poll(self) -> None:
         for output in self.engine.poll():
             assert output.request_id not in self.done, "news of a request that has ended"
-            self.streamed[output.request_id] = self.streamed.get(output.request_id, ()) + output.new_token_ids
+            key = (output.request_id, output.choice)
+            self.streamed[key] = self.streamed.get(key, ()) + output.new_token_ids
             if output.completion is not None:
                 self.done[output.request_id] = output.completion
-                assert output.completion.error or self.streamed[output.request_id] == output.completion.token_ids
+                for choice, answer in enumerate(output.completion.choices or [output.completion]):
+                    assert answer.error or self.streamed[output.request_id, choice] == answer.token_ids
 
 
 def drive(engine: Engine, requests: Iterable[Request], *, polls_between: int = 0) -> dict[Any, Completion]:
@@ -182,6 +209,7 @@ def oracle_generate_alike(
         do_sample=False,
         eos_token_id=list(sampling.stop_token_ids) or None,
         pad_token_id=0,
+        repetition_penalty=sampling.repetition_penalty,
         **settings,
     )
     out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)

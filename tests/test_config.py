@@ -143,6 +143,7 @@ SAMPLES = {
     "quant.double_quant": "false",
     "quant.dequant_cache": "0.5",
     "data.path": "[a.parquet,b.parquet]",
+    "data.storage_options": "{anon: true}",
     "task.prompt_file": str(config.PACKAGE / "assets" / "tickets" / "topic.jinja"),
     "task.chat": "false",
     "task.chat_args": "{enable_thinking: false}",

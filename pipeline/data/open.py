@@ -8,8 +8,14 @@ from pipeline.settings import DataSettings
 
 def open_source(settings: DataSettings) -> Source:
     """A source by its kind; raises ConfigError on settings it cannot use. Nothing is read yet."""
+    from pipeline.data.hub import HubAsked, HubSource
+    from pipeline.data.jsonl import JsonlSource
     from pipeline.data.parquet import ParquetSource
 
-    sources = {"parquet": ParquetSource}
     path = settings.path[0] if len(settings.path) == 1 else settings.path
-    return sources[settings.kind](path, settings.columns)
+    if settings.kind == "hub":
+        asked = HubAsked(name=settings.name, split=settings.split, revision=settings.revision)
+        return HubSource(path, settings.columns, settings.storage_options, asked)
+    if settings.kind == "jsonl":
+        return JsonlSource(path, settings.columns, settings.storage_options)
+    return ParquetSource(path, settings.columns, settings.storage_options)

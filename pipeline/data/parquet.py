@@ -2,71 +2,84 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.source import FoundFile
+from pipeline.data.files import FileKind, Located, first_line, locate, reaching, read_ranges
+from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
+from pipeline.data.schemas import checked_columns, decoded, project, require_same
+from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from pipeline.data.source import Chunk, SourceFile
-
+PARQUET = FileKind("Parquet", (".parquet",))
 _MAGIC = b"PAR1"
 _ENCRYPTED_MAGIC = b"PARE"
-_TAIL_BYTES = 8  # footer length (4 bytes, little endian) and magic
+_LENGTH_BYTES = 8  # footer length (4 bytes, little endian) and magic
+_TAIL_BYTES = 64 * 2**10  # read at once; longer footers take a second look
 _BATCH_BYTES = 16 * 2**20  # decoded bytes that one batch aims at
 _MAX_BATCH_ROWS = 8192
 _STREAM_BYTES = 2**20  # read-ahead per column; 0 would load each column of a row group whole
+_REMOTE_STREAM_BYTES = 8 * 2**20  # the same where every read is a request
 _MAX_COMBINED_BYTES = 2**31 - 1  # what 32-bit string offsets can address
 
 
 class ParquetSource:
-    """The rows of a file, a folder, a glob, or a list of these.
+    """The rows of a file, a folder, a glob, a URL, or a list of these.
 
-    A folder is searched recursively for `*.parquet`; what begins with "." or "_" is left out, and
-    keys of Hive-style folders are not made columns. A file is named by its path relative to the
-    folder or to the part of the glob before the first wildcard; a single file by its base name; an
-    entry of a list by its absolute path. A file reached twice counts once.
+    Files are named and found as in `files.locate`. Folders called key=value below the root make
+    columns, behind those of the files and of the types that pyarrow.dataset gives them, null for a file
+    outside such folders; a column that the files have themselves stays theirs.
     """
 
-    def __init__(self, path: str | Sequence[str], columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        columns: Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep the settings; nothing is read. ConfigError for an empty or repeating `columns`."""
-        if columns is not None and (not columns or len(set(columns)) < len(columns)):
-            raise ConfigError(
-                f"data.columns must name at least one column, and each once, got {list(columns)}; "
-                "leave it out for all columns"
-            )
         self._path = path
-        self._columns = columns
+        self._columns = checked_columns(columns)
+        self._storage_options = storage_options or {}
         self._schema: pa.Schema | None = None
+        self._fixed = False
+        self._files: dict[str, Located] = {}
 
     def find(self) -> list[FoundFile]:
         """All files sorted by name, from their footers alone.
 
         Raises ConfigError for a missing path, a folder or glob without files, a file that is not a
-        whole Parquet file, unknown `columns`, and files whose schemas differ.
+        whole Parquet file, unknown `columns`, and files whose schemas differ from each other or from
+        that of the run's first start.
         """
+        files = locate(self._path, PARQUET, self._storage_options)
+        keys = [partition_keys(file.inner) for file in files]
+        partitions = self._partitions(keys)
         found: list[FoundFile] = []
-        for name, path in _locate(self._path):
-            footer = _read_footer(path)
-            schema = self._project(footer.schema, path)
-            if found:
-                _require_same(self._schema, found[0].path, schema, str(path))
-            else:
-                self._schema = schema
-            found.append(FoundFile(name=name, path=str(path), size=footer.size, rows=footer.rows, digest=footer.digest))
+        for file, footer, own_keys in zip(files, _read_footers(files), keys, strict=True):
+            self._check(file.path, _with_partitions(footer.schema, partitions, own_keys, file.path), files[0].path)
+            found.append(
+                FoundFile(name=file.name, path=file.path, size=file.size, rows=footer.rows, digest=footer.digest)
+            )
+        self._files = {file.path: file for file in files}
         return found
+
+    def count(self, found: FoundFile) -> int:
+        """What its footer says."""
+        assert found.rows is not None
+        return found.rows
+
+    def fix_schema(self, schema: pa.Schema) -> None:
+        """Hold every file to the schema of the run's first start."""
+        self._schema = schema
+        self._fixed = True
 
     def schema(self) -> pa.Schema:
         """The one schema of all files, in the order of `columns` or else of the first file.
@@ -75,11 +88,11 @@ class ParquetSource:
         metadata is dropped because it speaks of one file (pandas index, `datasets` features).
         """
         if self._schema is None:
-            _, path = _locate(self._path)[0]
-            self._schema = self._project(_read_footer(path).schema, path)
+            self.find()
+        assert self._schema is not None
         return self._schema
 
-    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[pa.Table]:
+    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[Rows]:
         """Each chunk's rows as one table of `schema()`, in the order of `chunks`.
 
         Memory is about one chunk and one batch: a chunk that follows its predecessor goes on in the
@@ -87,36 +100,54 @@ class ParquetSource:
         unless the chunk has 2 GiB or more. Raises ConfigError when the file is not the registered
         one, RunFailed when its data cannot be decoded.
         """
-        _require_registered(file)
+        located = self._registered(file)
         schema = self.schema()
-        with _open(file.path) as reader:
-            rows = _RowCursor(reader, schema.names, file.path)
+        with reaching(file.path, RunFailed), _open(located) as reader:
+            own = [name for name in schema.names if name in reader.schema_arrow.names]
+            keys = partition_keys(located.inner)
+            constants = {
+                name: partition_value(file.path, name, keys.get(name), schema.field(name).type)
+                for name in schema.names
+                if name not in own
+            }
+            rows = _RowCursor(reader, own, file.path)
             for chunk in chunks:
                 assert chunk.file_ordinal == file.ordinal
-                yield _as_table(rows.take(chunk.first_row, chunk.num_rows), schema)
+                batches = rows.take(chunk.first_row, chunk.num_rows) if own else []
+                yield Rows(_as_table(batches, chunk.num_rows, constants, schema))
 
-    def _project(self, schema: pa.Schema, path: Path) -> pa.Schema:
-        names = schema.names if self._columns is None else list(self._columns)
-        unknown = [name for name in names if name not in schema.names]
-        if unknown:
+    def _partitions(self, keys: Sequence[Keys]) -> pa.Schema:
+        """Types of the partition keys: those of the run's first start, else what the folders say."""
+        found = partition_schema(keys)
+        if not self._fixed or self._schema is None:
+            return found
+        fixed = self._schema
+        return pa.schema([fixed.field(f.name) if f.name in fixed.names else f for f in found])
+
+    def _check(self, path: str, schema: pa.Schema, first_path: str) -> None:
+        schema = project(schema, self._columns, path)
+        if self._schema is None:
+            self._schema = schema
+        require_same(self._schema, "the run's first start" if self._fixed else first_path, schema, path)
+
+    def _registered(self, file: SourceFile) -> Located:
+        if not self._files:
+            self.find()
+        with reaching(file.path):
+            now = self._files[file.path].renewed()
+        footer = _read_footers([now])[0]
+        if (now.size, footer.digest) != (file.size, file.digest):
             raise ConfigError(
-                f"data.columns names {_listed(unknown)}, which {path} does not have; "
-                f"its columns are {_listed(schema.names)}"
+                f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "
+                f"{file.size}); restore it, or start another output.dir"
             )
-        repeated = sorted({name for name in names if schema.names.count(name) > 1})
-        if repeated:
-            raise ConfigError(
-                f"data.path {path} has several columns named {_listed(repeated)}; "
-                "rename them, or leave them out with data.columns"
-            )
-        return pa.schema([pa.field(name, _decoded(schema.field(name).type)) for name in names])
+        return now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Footer:
-    """What the end of a file says; `size` in bytes, `digest` of the footer and the size."""
+    """What the end of a file says; `digest` of the footer and the size."""
 
-    size: int
     rows: int
     digest: str
     schema: pa.Schema
@@ -185,7 +216,7 @@ class _RowCursor:
         try:
             batch = next(self._batches, None)
         except (pa.ArrowException, OSError) as error:
-            raise self._broken(_first_line(error)) from error
+            raise self._broken(first_line(error)) from error
         if batch is None or not batch.num_rows:
             raise self._broken(f"it ends at row {self._position} of the file")
         return batch
@@ -197,164 +228,80 @@ class _RowCursor:
         )
 
 
-def _locate(path: str | Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, absolute path) of every file, sorted by name, each file once."""
-    if isinstance(path, str):
-        entries = _expand(path)
-    else:
-        entries = [(str(file.absolute()), file) for entry in path for _, file in _expand(entry)]
-    if not entries:
-        raise ConfigError("data.path is an empty list; name at least one file, folder or glob")
-    unique: dict[Path, tuple[str, Path]] = {}
-    for name, file in sorted(entries):
-        # The last component stays unresolved: two links to one blob (as hubs cache equal shards) are two files.
-        unique.setdefault(file.parent.resolve() / file.name, (name, file.absolute()))
-    return list(unique.values())
+def _read_footers(files: Sequence[Located]) -> list[_Footer]:
+    """Check and describe files by their last bytes; ConfigError for one that is not a whole Parquet file."""
+    tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
+    return [_parse_footer(file, tail) for file, tail in zip(files, tails, strict=True)]
 
 
-def _expand(text: str) -> list[tuple[str, Path]]:
-    """(name, path) of the files that one entry of `data.path` stands for, in no order."""
-    path = Path(text).expanduser()
+def _parse_footer(file: Located, tail: bytes) -> _Footer:
+    footer = _footer_bytes(file, tail)
+    if footer is None:
+        raise _not_parquet(file)
     try:
-        if path.is_file():
-            return [(path.name, path)]
-        if path.is_dir():
-            root, found = path, list(_walk(path, above=()))
-        elif _is_wild(text):
-            root, found = _glob(path)
-        else:
-            raise ConfigError(f"data.path {text} is no file or folder on this machine; correct the path")
-    except OSError as error:
-        raise ConfigError(
-            f"data.path {text} cannot be listed ({error.strerror}: {error.filename}); make it readable"
-        ) from error
-    if not found:
-        raise ConfigError(
-            f"data.path {text} matches no Parquet file; point it at *.parquet files "
-            '(names that begin with "." or "_" are left out)'
-        )
-    return [(file.relative_to(root).as_posix(), file) for file in found]
-
-
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The Parquet files below a folder; follows links, but never into a folder it is inside of."""
-    real = folder.resolve()
-    if real in above:
-        return
-    for entry in folder.iterdir():
-        if _is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, (*above, real))
-        elif entry.suffix == ".parquet":
-            yield entry
-
-
-def _glob(pattern: Path) -> tuple[Path, list[Path]]:
-    """The folder before the first wildcard, and the files that match; matching folders are searched."""
-    fixed = next(index for index, part in enumerate(pattern.parts) if _is_wild(part))
-    root = Path(*pattern.parts[:fixed])
-    wild = str(Path(*pattern.parts[fixed:]))
-    found: list[Path] = []
-    for name in glob.iglob(wild, root_dir=root, recursive=True):  # noqa: PTH207 (Path.glob skips linked folders)
-        match = root / name
-        if any(_is_hidden(part) for part in Path(name).parts):
-            continue
-        found.extend(_walk(match, above=()) if match.is_dir() else [match])
-    return root, found
-
-
-def _is_wild(text: str) -> bool:
-    return any(character in text for character in "*?[")
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
-
-
-def _read_footer(path: Path) -> _Footer:
-    """Check and describe a file by its last bytes; ConfigError when it is not a whole Parquet file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            footer = _footer_bytes(file, size)
-            if footer is None:
-                raise _not_parquet(path, file, size)
-            reader = pq.ParquetFile(file)
-            digest = hashlib.sha256(footer + size.to_bytes(8, "little")).hexdigest()
-            return _Footer(size=size, rows=reader.metadata.num_rows, digest=digest, schema=reader.schema_arrow)
+        # The metadata has offsets into the file, but nothing looks at them before rows are read.
+        reader = pq.ParquetFile(pa.BufferReader(_MAGIC + footer))
+        digest = hashlib.sha256(footer + file.size.to_bytes(8, "little")).hexdigest()
+        return _Footer(rows=reader.metadata.num_rows, digest=digest, schema=reader.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
-            f"data.path {path} cannot be opened as Parquet ({_first_line(error)}); replace the file"
+            f"data.path {file.path} cannot be opened as Parquet ({first_line(error)}); replace the file"
         ) from error
 
 
-def _footer_bytes(file: BinaryIO, size: int) -> bytes | None:
+def _footer_bytes(file: Located, tail: bytes) -> bytes | None:
     """The footer with its length and magic, or None where the file does not end in a whole one."""
-    if size < len(_MAGIC) + _TAIL_BYTES:
+    if file.size < len(_MAGIC) + _LENGTH_BYTES or len(tail) < min(file.size, _TAIL_BYTES):
         return None
-    file.seek(-_TAIL_BYTES, os.SEEK_END)
-    tail = file.read(_TAIL_BYTES)
-    length = int.from_bytes(tail[:4], "little") + _TAIL_BYTES
-    if tail[4:] not in (_MAGIC, _ENCRYPTED_MAGIC) or length + len(_MAGIC) > size:
+    length = int.from_bytes(tail[-_LENGTH_BYTES : -len(_MAGIC)], "little") + _LENGTH_BYTES
+    if tail[-len(_MAGIC) :] not in (_MAGIC, _ENCRYPTED_MAGIC) or length + len(_MAGIC) > file.size:
         return None
-    file.seek(-length, os.SEEK_END)
-    return file.read(length)
+    if length > len(tail):
+        tail = read_ranges([file], [(file.size - length, file.size)])[0]
+    return tail[-length:]
 
 
-def _not_parquet(path: Path, file: BinaryIO, size: int) -> ConfigError:
-    file.seek(0)
-    if file.read(len(_MAGIC)) == _MAGIC:
-        return ConfigError(f"data.path {path} is a truncated Parquet file ({size} bytes, no footer); replace the file")
-    return ConfigError(f"data.path {path} is not a Parquet file ({size} bytes); convert it or leave it out of the path")
-
-
-def _require_same(schema: pa.Schema, path: str, other: pa.Schema, other_path: str) -> None:
-    """ConfigError naming the first column that two files do not share; the order of columns is free."""
-    for name in [*schema.names, *other.names]:
-        kind, other_kind = _kind(schema, name), _kind(other, name)
-        if kind != other_kind:
-            raise ConfigError(
-                f"data.path has files with different schemas: column {name} is {kind} in {path} and {other_kind} "
-                f"in {other_path}; name the columns they share in data.columns, or rewrite one of them"
-            )
-
-
-def _kind(schema: pa.Schema, name: str) -> str:
-    return str(schema.field(name).type) if name in schema.names else "missing"
-
-
-def _require_registered(file: SourceFile) -> None:
-    footer = _read_footer(Path(file.path))
-    if (footer.size, footer.digest) != (file.size, file.digest):
-        raise ConfigError(
-            f"data.path {file.path} is not the registered file any more ({footer.size} bytes, registered with "
-            f"{file.size}); restore it, or start another output.dir"
+def _not_parquet(file: Located) -> ConfigError:
+    if read_ranges([file], [(0, len(_MAGIC))])[0] == _MAGIC:
+        return ConfigError(
+            f"data.path {file.path} is a truncated Parquet file ({file.size} bytes, no footer); replace the file"
         )
+    return ConfigError(
+        f"data.path {file.path} is not a Parquet file ({file.size} bytes); convert it, leave it out of the path, or "
+        "name its kind (data=jsonl, data=hub)"
+    )
 
 
-def _open(path: str) -> pq.ParquetFile:
+def _with_partitions(schema: pa.Schema, partitions: pa.Schema, keys: Keys, path: str) -> pa.Schema:
+    """The file's columns and those of the folders' keys; a column of its own stays its own."""
+    for field in partitions:
+        if field.name not in schema.names:
+            partition_value(path, field.name, keys.get(field.name), field.type)
+            schema = schema.append(field)
+    return schema
+
+
+def _open(file: Located) -> pq.ParquetFile:
+    stream = _STREAM_BYTES if file.fs is None else _REMOTE_STREAM_BYTES
+    where = file.key if file.fs is None else file.open(in_order=False)
     try:
-        return pq.ParquetFile(path, buffer_size=_STREAM_BYTES, pre_buffer=False, page_checksum_verification=True)
+        return pq.ParquetFile(where, buffer_size=stream, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise RunFailed(f"data.path {path} cannot be opened ({_first_line(error)}); restore the file") from error
+        raise RunFailed(f"data.path {file.path} cannot be opened ({first_line(error)}); restore the file") from error
 
 
-def _decoded(kind: pa.DataType) -> pa.DataType:
-    """Dictionary types differ between files by index width alone; their values are what counts."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _as_table(batches: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    if not batches:
+def _as_table(
+    batches: list[pa.RecordBatch], count: int, constants: Mapping[str, pa.Scalar], schema: pa.Schema
+) -> pa.Table:
+    """The decoded batches with the partition's constants, `count` rows, as a table of the schema."""
+    if not count:
         return schema.empty_table()
-    table = pa.Table.from_batches(batches).select(schema.names).cast(schema)
+    table = pa.Table.from_batches(batches) if batches else None
+    columns = [
+        pa.chunked_array([pa.repeat(constants[name], count)])
+        if name in constants or table is None
+        else decoded(table[name])
+        for name in schema.names
+    ]
+    table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
     return table.combine_chunks() if table.nbytes <= _MAX_COMBINED_BYTES else table
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

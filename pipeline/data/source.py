@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -16,19 +17,20 @@ class FoundFile:
     """A file as it is now: its name in the dataset, where it is, and what identifies its content.
 
     `name` is stable when the dataset is moved or mounted elsewhere (relative to the folder or glob
-    root); `size` is in bytes; `digest` changes when the content does.
+    root); `path` is a local path or a URL without credentials; `size` is in bytes; `rows` is None
+    where counting them needs the whole file; `digest` changes when the content does.
     """
 
     name: str
     path: str
     size: int
-    rows: int
+    rows: int | None
     digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """A registered file: a FoundFile with its ordinal, the position of its registration in run.json."""
+    """A registered file: a FoundFile with its rows counted and its ordinal, the position of its registration."""
 
     ordinal: int
     name: str
@@ -56,19 +58,39 @@ class Chunk:
         return f"{self.file_ordinal:06d}-{self.first_row + index:012d}"
 
 
-class Source(Protocol):
-    """An ordered, re-readable dataset.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A chunk's rows; a row that cannot be read is null in every column and has its reason in `errors`.
 
-    `find` looks at the files without reading rows; `schema` is the one schema of all of them;
-    `read` yields, for each chunk asked for, in that order, its rows as one table whose column
-    order is the schema's.
+    A reason names the file and the line and holds the line's own text.
     """
 
-    def find(self) -> Sequence[FoundFile]: ...
+    table: pa.Table
+    errors: Mapping[int, str] = field(default_factory=dict)
 
-    def schema(self) -> pa.Schema: ...
 
-    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[pa.Table]: ...
+class Source(Protocol):
+    """An ordered, re-readable dataset."""
+
+    def find(self) -> Sequence[FoundFile]:
+        """The files as they are now, without reading their rows; ConfigError where there are none."""
+        ...
+
+    def count(self, found: FoundFile) -> int:
+        """The rows of a file that has just been found; may read it whole, so asked once, at its registration."""
+        ...
+
+    def fix_schema(self, schema: pa.Schema) -> None:
+        """Hold to the schema of the run's first start from here on; called before anything is read."""
+        ...
+
+    def schema(self) -> pa.Schema:
+        """The one schema of all files."""
+        ...
+
+    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[Rows]:
+        """For each chunk, in that order, its rows; the table's columns are the schema's."""
+        ...
 
 
 def chunks_of(file: SourceFile, chunk_rows: int) -> list[Chunk]:

@@ -43,7 +43,7 @@ class RunManifest:
 
     `fingerprint` holds, under flat dotted keys, everything that can change a row's output; only it
     guards resume. `informational` is for the reader ("versions.torch"). `files` are in the order of
-    their registration, `chunk_rows` and `schema` (of the Parts) are fixed with the first run,
+    their registration, `chunk_rows`, `schema` (of the Parts) and `input_schema` are fixed with the first run,
     `engine` are the resolved shapes, `config` has its credentials redacted, `summary` is of the last
     process that ended.
     """
@@ -56,6 +56,7 @@ class RunManifest:
     files: tuple[SourceFile, ...]
     chunk_rows: int
     schema: pa.Schema
+    input_schema: pa.Schema
     engine: Mapping[str, Json]
     config: Mapping[str, Json]
     summary: Mapping[str, Json] | None = None
@@ -65,10 +66,8 @@ class RunManifest:
         """The text of run.json: sorted keys, so that two versions of it can be compared line by line."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["files"] = [asdict(file) for file in self.files]
-        values["schema"] = {
-            "fields": [f"{field.name}: {field.type}" for field in self.schema],
-            "arrow_ipc_base64": base64.b64encode(self.schema.serialize().to_pybytes()).decode("ascii"),
-        }
+        values["schema"] = _schema_to(self.schema)
+        values["input_schema"] = _schema_to(self.input_schema)
         return json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -81,6 +80,7 @@ class RunManifest:
         try:
             values["files"] = tuple(SourceFile(**file) for file in values["files"])
             values["schema"] = _schema_from(values["schema"]["arrow_ipc_base64"])
+            values["input_schema"] = _schema_from(values["input_schema"]["arrow_ipc_base64"])
             return cls(**values)
         except (KeyError, TypeError, pa.ArrowException, OSError) as error:
             raise ValueError(f"a field is missing or malformed: {error}") from error
@@ -166,18 +166,29 @@ def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path, *
     )
 
 
-def register(manifest: RunManifest, found: Sequence[FoundFile], committed: AbstractSet[str]) -> tuple[SourceFile, ...]:
+def register(
+    manifest: RunManifest,
+    found: Sequence[FoundFile],
+    committed: AbstractSet[str],
+    count: Callable[[FoundFile], int],
+) -> tuple[SourceFile, ...]:
     """The manifest's files with their present paths, then the new ones, sorted by name.
 
-    An ordinal, once given, stays. `committed` are the ids of the chunks that have a Part. Raises
-    ConfigError for a registered file that has changed, or that is gone before all of it was done.
+    An ordinal, once given, stays. `committed` are the ids of the chunks that have a Part; `count` says
+    how many rows a new file has. Raises ConfigError for a registered file that has changed, or that is
+    gone before all of it was done.
     """
     by_name = {file.name: file for file in found}
     known = [_still(file, by_name.get(file.name), manifest, committed) for file in manifest.files]
     known_names = {file.name for file in known}
     new = sorted((file for file in found if file.name not in known_names), key=lambda file: file.name)
     first = 1 + max((file.ordinal for file in known), default=-1)
-    return (*known, *(SourceFile(ordinal=first + index, **asdict(file)) for index, file in enumerate(new)))
+    return (*known, *(_registered(first + index, file, count) for index, file in enumerate(new)))
+
+
+def _registered(ordinal: int, file: FoundFile, count: Callable[[FoundFile], int]) -> SourceFile:
+    rows = count(file) if file.rows is None else file.rows
+    return SourceFile(ordinal=ordinal, name=file.name, path=file.path, size=file.size, rows=rows, digest=file.digest)
 
 
 def _still(file: SourceFile, found: FoundFile | None, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
@@ -215,6 +226,13 @@ def sweep(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _schema_to(schema: pa.Schema) -> Json:
+    return {
+        "fields": [f"{field.name}: {field.type}" for field in schema],
+        "arrow_ipc_base64": base64.b64encode(schema.serialize().to_pybytes()).decode("ascii"),
+    }
 
 
 def _schema_from(text: str) -> pa.Schema:

@@ -109,7 +109,7 @@ def test_a_negative_budget_is_told_as_nothing_left() -> None:
 def test_sizes_of_a_small_model_are_told_in_mib() -> None:
     """A demo model's keys and values would all be 0.00 GiB."""
     small = ModelGeometry(layers=2, kv_heads=2, head_dim=16, hidden=64, intermediate=96, vocab=99, max_positions=512)
-    with pytest.raises(ConfigError, match=r"need 4\.25 MiB but 0\.50 MiB are left for them") as caught:
+    with pytest.raises(ConfigError, match=r"need 2\.12 MiB but 0\.50 MiB are left for them") as caught:
         plan_engine(small, EngineSettings(), longest=256, device_type="cpu", kv_budget_bytes=MIB // 2, kv_itemsize=4)
     assert "engine.slots=16 and rows of up to 256 tokens" in str(caught.value)
 

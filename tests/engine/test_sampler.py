@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from oracle import EngineUnderTest, oracle_logits, random_prompt
+from oracle import EngineUnderTest, oracle_generate_all, oracle_logits, random_prompt
 from scipy import stats
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.core import Request, SamplingParams
 from pipeline.engine.sampler import SamplerRow, SamplerRows, philox4x32, prompt_key, sample
@@ -32,21 +38,39 @@ SETTINGS = [
     {"temperature": 0.8, "top_p": 0.95},
     {"temperature": 1.0, "top_k": 10, "top_p": 0.7},
     {"temperature": 1.5, "top_k": 6, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.15},
+    {"temperature": 1.6, "min_p": 1.0},
+    {"temperature": 1.2, "repetition_penalty": 1.7},
+    {"temperature": 0.9, "repetition_penalty": 0.6},
+    {"temperature": 1.3, "top_k": 12, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.3},
 ]
+PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+"""transformers' own, in the order in which `generate` applies them."""
+SEEN = (3, 4, 5, 17, 30)
+"""Tokens that stand in the prompt, where there is none."""
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
 
 
-def warped(logits_V: Tensor, settings: dict[str, float]) -> Tensor:
-    """Probabilities that transformers would draw from, float64 [V]."""
-    scores = logits_V.double()[None]
-    warpers: list[Any] = [TemperatureLogitsWarper(float(settings["temperature"]))]
-    if "top_k" in settings:
-        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
-    if "top_p" in settings:
-        warpers.append(TopPLogitsWarper(settings["top_p"]))
-    for warper in warpers:
-        scores = warper(None, scores)
+def warped(logits_V: Tensor, settings: Mapping[str, float], seen: Sequence[int] = SEEN) -> Tensor:
+    """Probabilities that transformers would draw from, float64 [V], `seen` being the tokens so far."""
+    scores, tokens = logits_V.double()[None], torch.tensor([seen])
+    for name, make in PROCESSORS.items():
+        if name in settings:
+            scores = make(settings[name])(tokens, scores)
     return torch.softmax(scores[0], dim=-1)
+
+
+def seen_by(count: int, vocab: int) -> Tensor:
+    """[B, V]: SEEN in every row."""
+    seen_BV = torch.zeros(count, vocab, dtype=torch.bool)
+    seen_BV[:, list(SEEN)] = True
+    return seen_BV
 
 
 def rows_of(params: Sequence[SamplingParams]) -> SamplerRows:
@@ -105,7 +129,9 @@ def test_uniforms_depend_on_seed_prompt_choice_and_step_only() -> None:
 
 
 @each_setting
-@pytest.mark.parametrize("beside", [None, {"temperature": 0.0}, {"temperature": 0.9, "top_k": 2, "top_p": 0.4}])
+@pytest.mark.parametrize(
+    "beside", [None, {"temperature": 0.0}, {"temperature": 0.9, "top_k": 2, "min_p": 0.4, "repetition_penalty": 2.0}]
+)
 def test_a_token_is_chosen_by_its_share_of_the_uniform_numbers(
     settings: dict[str, float], beside: dict[str, float] | None
 ) -> None:
@@ -120,7 +146,7 @@ def test_a_token_is_chosen_by_its_share_of_the_uniform_numbers(
     params = [SamplingParams(**settings)] * grid + ([] if beside is None else [SamplingParams(**beside)])
     uniforms = torch.cat([uniforms, torch.full((len(params) - grid,), 0.5, dtype=torch.float64)])
     logits_BV = logits_V.expand(len(params), -1).contiguous()
-    tokens = sample(logits_BV, rows_of(params), uniforms).tokens_B[:grid]
+    tokens = sample(logits_BV, rows_of(params), uniforms, seen_by(len(params), 50)).tokens_B[:grid]
     shares = torch.bincount(tokens, minlength=50).double() / grid
     expected = warped(logits_V, settings)
     assert float((shares - expected).abs().max()) < 2 / grid
@@ -137,7 +163,7 @@ def test_the_extreme_uniform_numbers_choose_within_the_support(settings: dict[st
     logits[:, :3] = float("-inf")
     logits[:, -3:] = float("-inf")
     rows = rows_of([SamplingParams(**settings)] * 40)
-    tokens = sample(logits, rows, torch.full((40,), uniform, dtype=torch.float64)).tokens_B
+    tokens = sample(logits, rows, torch.full((40,), uniform, dtype=torch.float64), seen_by(40, 33)).tokens_B
     for row, token in enumerate(tokens.tolist()):
         assert warped(logits[row], settings)[token] > 0
 
@@ -160,17 +186,17 @@ def test_a_row_that_is_not_finite_is_told_and_leaves_its_neighbours_alone(
     broken: float, settings: dict[str, float]
 ) -> None:
     torch.manual_seed(3)
-    logits = torch.randn(4, 20)
+    logits = torch.randn(4, 40)
     rows = rows_of([SamplingParams(**settings)] * 4)
     uniforms = torch.rand(4, dtype=torch.float64)
-    before = sample(logits, rows, uniforms)
+    before = sample(logits, rows, uniforms, seen_by(4, 40))
     logits[2, 7] = broken
-    after = sample(logits, rows, uniforms)
+    after = sample(logits, rows, uniforms, seen_by(4, 40))
     assert after.finite_B.tolist() == [True, True, False, True]
     kept = [0, 1, 3]
     assert torch.equal(after.tokens_B[kept], before.tokens_B[kept])
     assert torch.equal(after.logprobs_B[kept], before.logprobs_B[kept])
-    assert 0 <= int(after.tokens_B[2]) < 20
+    assert 0 <= int(after.tokens_B[2]) < 40
 
 
 # --- through the engine ---------------------------------------------------------------------------------------
@@ -205,8 +231,8 @@ def chi_square_p(counts: Counter[int], probabilities: Tensor, total: int) -> flo
 
 @pytest.mark.parametrize(
     "settings",
-    [SETTINGS[0], SETTINGS[2], SETTINGS[4], SETTINGS[7], SETTINGS[10]],
-    ids=["softmax", "temperature", "top_k", "top_p", "both"],
+    [SETTINGS[n] for n in (0, 2, 4, 7, 10, 11, 13, 15)],
+    ids=["softmax", "temperature", "top_k", "top_p", "both", "min_p", "penalty", "all"],
 )
 def test_first_and_second_tokens_are_drawn_from_the_models_distribution(
     tiny_vocab: EngineUnderTest, next_token_logits: Callable[[tuple[int, ...]], Tensor], settings: dict[str, Any]
@@ -218,16 +244,17 @@ def test_first_and_second_tokens_are_drawn_from_the_models_distribution(
         for s in range(total)
     ]
     answers = [a.token_ids for a in tiny_vocab.answer(requests).values()]
-    first = warped(next_token_logits(prompt), settings)
+    first = warped(next_token_logits(prompt), settings, prompt)
     assert chi_square_p(Counter(a[0] for a in answers), first, total) > 1e-3
     second = torch.zeros(32, dtype=torch.float64)
     for token in range(32):
-        second += first[token] * warped(next_token_logits((*prompt, token)), settings)
+        after = (*prompt, token)
+        second += first[token] * warped(next_token_logits(after), settings, after)
     assert chi_square_p(Counter(a[1] for a in answers), second, total) > 1e-3
     likeliest = int(first.argmax())
-    after = Counter(a[1] for a in answers if a[0] == likeliest)
-    conditional = warped(next_token_logits((*prompt, likeliest)), settings)
-    assert chi_square_p(after, conditional, sum(after.values())) > 1e-3, "the draws of two steps are independent"
+    follows = Counter(a[1] for a in answers if a[0] == likeliest)
+    conditional = warped(next_token_logits((*prompt, likeliest)), settings, (*prompt, likeliest))
+    assert chi_square_p(follows, conditional, sum(follows.values())) > 1e-3, "the draws of two steps are independent"
 
 
 def test_prompts_of_equal_seed_draw_independently(
@@ -246,6 +273,29 @@ def test_prompts_of_equal_seed_draw_independently(
         # where the draw fell in the cumulative distribution, spread evenly within its step
         places.append(float(probabilities[:token].sum()) + rng.random() * float(probabilities[token]))
     assert stats.kstest(places, "uniform").pvalue > 1e-3
+
+
+def test_greedy_with_a_repetition_penalty_equals_generate(
+    checkpoint_folder: Callable[[str], Path], reference: Callable[..., Any], build_engine: Callable[..., Any]
+) -> None:
+    """Penalties for what stands in the prompt and for what was answered; below 1 repetition is sought."""
+    folder, rng = checkpoint_folder("llama"), random.Random(7)
+    lengths = (1, 5, 40, 300)
+    requests = [
+        Request(
+            id=n,
+            prompt_ids=random_prompt(rng, lengths[n % 4]),
+            sampling=SamplingParams(max_new_tokens=30, repetition_penalty=(1.3, 3.0, 0.7, 1.0)[n // 4 % 4]),
+        )
+        for n in range(32)
+    ]
+    expected = oracle_generate_all(reference(folder), requests)
+    answers = build_engine(folder, slots=16).answer(requests)
+    assert {n: a.token_ids for n, a in answers.items()} == {n: a.token_ids for n, a in expected.items()}
+    strong = [a.token_ids for n, a in answers.items() if n // 4 % 4 == 1]
+    assert all(len(set(tokens)) == len(tokens) for tokens in strong)
+    plain = [a.token_ids for n, a in answers.items() if n // 4 % 4 == 2]
+    assert all(len(set(tokens)) < len(tokens) for tokens in plain)
 
 
 def test_equal_seeds_give_equal_answers_and_others_do_not(
@@ -276,9 +326,10 @@ def test_equal_prompts_with_equal_settings_get_equal_answers_in_one_job(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+    [("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")), ("n", 0),
+     ("logprobs", -1), ("logprobs", 21), ("stop", ("",)), ("stop_token_ids", (3, -1)), ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
      ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 2**64)],
 )  # fmt: skip
-def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
+def test_settings_out_of_range_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"sampling.{key}"):
         SamplingParams(**{key: value})

@@ -19,7 +19,7 @@ from pipeline.data.source import FoundFile, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output import manifest as room
 from pipeline.output.claims import Claims
-from pipeline.output.manifest import RunManifest, check, create_or_load, diff, load, register, update
+from pipeline.output.manifest import RunManifest, check, create_or_load, diff, load, update
 
 ROOT = Path(room.__file__).parents[2]
 SCHEMA = pa.schema(
@@ -56,6 +56,7 @@ def manifest(**changes: object) -> RunManifest:
         "files": (registered(0, "a.parquet", 25), registered(1, "c.parquet", 5)),
         "chunk_rows": 10,
         "schema": SCHEMA,
+        "input_schema": SCHEMA.remove(1),
         "engine": {"classes": [[64, 256]]},
         "config": {"data": {"path": "/d/ü"}},
     }
@@ -79,6 +80,7 @@ def test_run_json_gives_back_what_was_stored_and_is_readable(tmp_path: Path) -> 
     assert created
     assert load(path) == made == manifest(summary={"rows": 3})
     assert load(path).schema.equals(SCHEMA, check_metadata=True)
+    assert load(path).input_schema.equals(SCHEMA.remove(1), check_metadata=True)
     text = path.read_text(encoding="utf-8")
     values = json.loads(text)
     assert text == json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
@@ -229,6 +231,10 @@ def test_another_runs_fingerprint_is_refused_in_one_sentence() -> None:
 # Registration
 
 
+def register(run: RunManifest, files: list[FoundFile], committed: set[str]) -> tuple[SourceFile, ...]:
+    return room.register(run, files, committed, count=lambda file: pytest.fail(f"{file.name} is counted already"))
+
+
 def test_known_files_keep_their_ordinals_and_new_ones_follow_by_name() -> None:
     files = register(
         manifest(), [found(n) for n in ("d", "b")] + [found("c.parquet", 5), found("a.parquet", 25)], set()
@@ -258,3 +264,9 @@ def test_a_file_may_go_when_all_of_it_is_done() -> None:
     assert [(file.ordinal, file.name) for file in kept] == [(0, "a.parquet"), (1, "c.parquet"), (2, "e")]
     with pytest.raises(ConfigError, match=r"data\.path has no a\.parquet any more .*; restore the file"):
         register(manifest(), rest, {*ids(0)[:-1], *ids(1)})
+
+
+def test_rows_are_counted_only_when_a_file_is_registered() -> None:
+    uncounted = [replace(file, rows=None) for file in (found("a.parquet", 25), found("c.parquet", 5), found("e", 7))]
+    files = room.register(manifest(), uncounted, set(), count=lambda file: {"e": 7}[file.name])
+    assert [(file.name, file.rows) for file in files] == [("a.parquet", 25), ("c.parquet", 5), ("e", 7)]

@@ -1,0 +1,145 @@
+"""JSON lines as a Source: one object a line, plain or compressed; a line that is no row becomes an error row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.data.files import FileKind, Located, edge_digests, locate, reaching
+from pipeline.data.json_rows import RowParser
+from pipeline.data.json_values import Unfit, infer_schema, parse_object
+from pipeline.data.lines import LineIndex, LineReader, compression_of
+from pipeline.data.schemas import checked_columns
+from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
+from pipeline.errors import ConfigError, RunFailed
+
+JSONL = FileKind("JSON lines", tuple(s + c for s in (".jsonl", ".ndjson", ".json") for c in ("", ".gz", ".zst")))
+SAMPLE_ROWS = 10_000
+"""Rows that the schema is made from, shared evenly among the files, at least one of each."""
+_SAMPLE_BYTES = 64 * 2**20
+
+
+class JsonlSource:
+    """The rows of a file, a folder, a glob, or a list of these; see docs/data.md for what a row is.
+
+    The schema is made from the first rows of every file at the run's first start and then fixed. With
+    `columns` only these keys are looked at; without, a key that the schema lacks makes an error row.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        columns: Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep the settings; nothing is read."""
+        self._path = path
+        self._columns = checked_columns(columns)
+        self._storage_options = storage_options or {}
+        self._schema: pa.Schema | None = None
+        self._files: dict[str, Located] = {}
+        self._indexes: dict[str, LineIndex] = {}
+
+    def find(self) -> list[FoundFile]:
+        """All files sorted by name, from their sizes, first and last 64 KiB; rows are not counted."""
+        located = locate(self._path, JSONL, self._storage_options)
+        self._files = {file.path: file for file in located}
+        return [
+            FoundFile(name=file.name, path=file.path, size=file.size, rows=None, digest=digest)
+            for file, digest in zip(located, edge_digests(located), strict=True)
+        ]
+
+    def count(self, found: FoundFile) -> int:
+        """Lines that are not blank; reads the file once, and remembers where its lines are."""
+        with reaching(found.path), self._reader(found.path) as reader:
+            return reader.count()
+
+    def fix_schema(self, schema: pa.Schema) -> None:
+        """Take the schema of the run's first start in place of looking at rows."""
+        self._schema = schema
+
+    def schema(self) -> pa.Schema:
+        """The columns: those asked for, else the keys in the order they are first seen.
+
+        Raises ConfigError where rows are there but none of the sample is an object, and for `columns`
+        that no row of the sample has.
+        """
+        if self._schema is None:
+            self._schema = self._infer()
+        return self._schema
+
+    def read(self, file: SourceFile, chunks: Iterable[Chunk]) -> Iterator[Rows]:
+        """Each chunk's rows, in the order of `chunks`; going on is cheap, going back costs a seek or a restart.
+
+        Raises ConfigError when the file is not the registered one, RunFailed when it cannot be read.
+        """
+        self._require_registered(file)
+        parser = RowParser(self.schema(), file.name, ignore_others=self._columns is not None)
+        with reaching(file.path, RunFailed):
+            reader = self._reader(file.path)
+        with reader:
+            for chunk in chunks:
+                assert chunk.file_ordinal == file.ordinal
+                with reaching(file.path, RunFailed):
+                    lines = reader.take(chunk.first_row, chunk.num_rows)
+                yield parser.rows(lines)
+
+    def _reader(self, path: str) -> LineReader:
+        file = self._files[path]
+        index = self._indexes.setdefault(path, LineIndex())
+        return LineReader(lambda: file.open(in_order=True), compression_of(file.inner), index)
+
+    def _infer(self) -> pa.Schema:
+        if not self._files:
+            self.find()
+        rows, refused = self._sample()
+        if refused is not None and not rows:
+            raise ConfigError(
+                f"data.path {self._first_path} has no JSON object in its first lines ({refused}); "
+                "one object a line is wanted"
+            )
+        schema = infer_schema(rows)
+        return schema if self._columns is None else self._projected(schema)
+
+    def _projected(self, schema: pa.Schema) -> pa.Schema:
+        assert self._columns is not None
+        unknown = [name for name in self._columns if name not in schema.names]
+        if unknown and schema.names:
+            raise ConfigError(
+                f"data.columns names {', '.join(unknown)}, which no row has at the start of data.path "
+                f"{self._first_path}; the keys there are {', '.join(schema.names)}"
+            )
+        return pa.schema([pa.field(n, schema.field(n).type if schema.names else pa.string()) for n in self._columns])
+
+    def _sample(self) -> tuple[list[dict[str, Any]], str | None]:
+        """The objects among the first rows of every file, and why the first other line is none."""
+        share = max(1, SAMPLE_ROWS // len(self._files))
+        rows: list[dict[str, Any]] = []
+        refused = None
+        for file in self._files.values():
+            with reaching(file.path), self._reader(file.path) as reader:
+                lines = reader.head(share, max(1, _SAMPLE_BYTES // len(self._files)))
+            for number, line in lines:
+                try:
+                    rows.append(parse_object(line))
+                except Unfit as reason:
+                    refused = refused or f"line {number}: {reason}"
+        return rows, refused
+
+    @property
+    def _first_path(self) -> str:
+        return next(iter(self._files))
+
+    def _require_registered(self, file: SourceFile) -> None:
+        if not self._files:
+            self.find()
+        with reaching(file.path):
+            now = self._files[file.path].renewed()
+            same = now.size == file.size and edge_digests([now]) == [file.digest]
+        if not same:
+            raise ConfigError(
+                f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "
+                f"{file.size}); restore it, or start another output.dir"
+            )
