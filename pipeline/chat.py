@@ -109,8 +109,8 @@ def sought_texts(template: Any) -> frozenset[str] | None:
         if any(map(_is_role, [comparison.expr, *(operand.expr for operand in comparison.ops)])):
             spared += comparison.find_all(nodes.Const)
     looking: list[nodes.Node] = list(tree.find_all(nodes.Compare))
-    for call in tree.find_all((nodes.Call, nodes.Filter, nodes.Test)):
-        looking += [*call.args, *call.kwargs]
+    calls: list[Any] = list(tree.find_all((nodes.Call, nodes.Filter, nodes.Test)))
+    looking += [argument for call in calls for argument in (*call.args, *call.kwargs)]
     excepted = {id(node) for node in spared}
     found = [c for node in looking for c in ([node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const))]
     return frozenset(c.value for c in found if id(c) not in excepted and isinstance(c.value, str) and c.value)

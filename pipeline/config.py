@@ -23,7 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config_schema import GROUP_SCHEMAS, RootSchema, ShardSchema
+from pipeline.config_schema import COMPRESSIONS, GROUP_SCHEMAS, RootSchema, ShardSchema
 from pipeline.core import SamplingParams
 from pipeline.engine.plan import EngineSettings
 from pipeline.errors import ConfigError
@@ -338,7 +338,12 @@ def _engine(values: Mapping[str, Any]) -> EngineSettings:
 def _output(values: Mapping[str, Any]) -> OutputSettings:
     if not values["dir"].strip():
         raise ConfigError("output.dir is empty; name the folder of the results")
-    return OutputSettings(dir=values["dir"], columns=_names("output.columns", values))
+    return OutputSettings(
+        dir=values["dir"],
+        columns=_names("output.columns", values),
+        compression=_one_of("output.compression", values["compression"], COMPRESSIONS),
+        row_group_rows=_positive("output.row_group_rows", values["row_group_rows"]),
+    )
 
 
 def _shard(values: Mapping[str, Any]) -> ShardSettings:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.quant.spec import KERNELS
 
+COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
 MISSING: Any = "???"
 
 
@@ -143,6 +144,8 @@ class EngineSchema:
 class OutputSchema:
     dir: str = doc(MISSING, "folder of results, stats and run.json; the same one again resumes")
     columns: list[str] | None = doc(None, "input columns to keep in the results; all if null")
+    compression: str = doc("zstd", f"of the results' Parquet: {', '.join(COMPRESSIONS)}")
+    row_group_rows: int | None = doc(None, "rows in a row group of the results; a whole chunk if null")
 
 
 @dataclass

@@ -11,6 +11,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.redaction import redacted
+
 LINE_EVERY_S = 10.0
 
 T = TypeVar("T")
@@ -24,15 +26,15 @@ class Console:
         self.is_terminal = self._stream.isatty() if is_terminal is None else is_terminal
 
     def note(self, text: str) -> None:
-        """One line."""
+        """One line, credentials in URLs left out."""
         with _reader_may_leave(self._stream):
-            tqdm.write(text, file=self._stream)
+            tqdm.write(redacted(text), file=self._stream)
             self._stream.flush()
 
     def result(self, text: str) -> None:
         """One line of what came out."""
         with _reader_may_leave(sys.stdout):
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(f"{redacted(text)}\n")
             sys.stdout.flush()
 
     def loading(self, items: Sequence[T]) -> Iterator[T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
 from pipeline.output.schema import results_schema
-from pipeline.output.sink import committed_parts
+from pipeline.output.sink import Sink, committed_parts
 from pipeline.settings import RunConfig
 from pipeline.template import RowTemplate, names_in
 
@@ -178,6 +180,24 @@ class Job:
             if self.files != manifest.files:
                 manifest = manifests.update(self.output.run_json, claims, self._registered)
         self._take(manifest)
+
+    def sink(self, attempt: str) -> Sink:
+        """The writer of this run's Parts, which name the run and its fingerprint in their schema's metadata."""
+        assert self.manifest is not None
+        fingerprint_text = json.dumps(dict(self.manifest.fingerprint), sort_keys=True)
+        metadata = {
+            "pipeline.run_id": self.manifest.run_id,
+            "pipeline.fingerprint": hashlib.sha256(fingerprint_text.encode()).hexdigest(),
+        }
+        asked = self.config.output
+        return Sink(
+            self.output.results,
+            self.output.journal,
+            self.schema.with_metadata(metadata),
+            attempt,
+            asked.compression,
+            asked.row_group_rows,
+        )
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
         """Keep the run's summary in run.json, and clear away what killed processes left."""

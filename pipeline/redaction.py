@@ -11,7 +11,7 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _USER = re.compile(r"://[^/\s]+@")
-_SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE)
 _OPTIONS = "storage_options"
 _HARMLESS = ("endpoint_url", "endpoint", "region", "region_name", "profile", "project", "account_name", "protocol")
 

@@ -16,7 +16,7 @@ from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted
 from pipeline.job import Job
 from pipeline.output.claims import Claims
-from pipeline.output.sink import Sink, part_name
+from pipeline.output.sink import part_name
 from pipeline.settings import RunConfig
 from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.models.runtime import Runtime
     from pipeline.models.tokenizer import Tokenizer
     from pipeline.outlet import Counts, Outlet
+    from pipeline.output.sink import Sink
     from pipeline.prompts import PromptBuilder
     from pipeline.tasks.task import Task
 
@@ -78,7 +79,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     assert job.manifest is not None
     if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
         runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine)
-    sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+    sink = job.sink(claims.attempt)
     if not job.chunks:
         sink.commit_empty()
     pending = job.pending()
@@ -284,7 +285,7 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
 
 def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     """Totals over all Parts, of whichever process wrote them."""
-    sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+    sink = job.sink(claims.attempt)
     sink.sweep()
     totals = sink.totals(chunk.id for chunk in job.chunks)
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens")

@@ -95,10 +95,12 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """The `output` group."""
+    """The `output` group; `row_group_rows` None is one row group a Part."""
 
     dir: str
     columns: tuple[str, ...] | None = None
+    compression: str = "zstd"
+    row_group_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

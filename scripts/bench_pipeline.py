@@ -32,7 +32,6 @@ from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.job import Job
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.output.claims import Claims
-from pipeline.output.sink import Sink
 from pipeline.run import Shift, make_task
 from pipeline.stats import IntervalRecorder, RunStats
 
@@ -100,8 +99,8 @@ def run_pipeline(path: Path, output: Path) -> tuple[float, int]:
     process, peak = psutil.Process(), 0
     started = time.perf_counter()
     with Claims(job.output.claims) as claims, Console(is_terminal=False).rows(job.num_rows, 0) as progress:
-        job.start(claims, {}, PLAN.as_dict())
-        sink = Sink(job.output.results, job.output.journal, job.schema, claims.attempt)
+        job.start(claims, {}, PLAN.as_dict(), {})
+        sink = job.sink(claims.attempt)
         recorder = IntervalRecorder("bench", claims.attempt)
 
         def watch() -> bool:

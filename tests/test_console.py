@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -116,6 +117,14 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a note beside the bar\n" in text
     assert not any(map(LINE.search, text.splitlines()))
     assert capsys.readouterr() == ("", "")
+
+
+def test_credentials_in_urls_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    Console(stream).note("error: data.path=s3://me:hunter2@bucket/x?sig=hunter2 does not exist")
+    assert stream.getvalue() == "error: data.path=s3://(redacted)@bucket/x?sig=(redacted) does not exist\n"
+    Console(stream).result(json.dumps({"path": "https://host/x?a=1&sig=hunter2", "rows": 3}))
+    assert json.loads(capsys.readouterr().out) == {"path": "https://host/x?a=1&sig=(redacted)", "rows": 3}
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])

@@ -85,11 +85,20 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         ("task", "label_eos", True),
         ("task", "label_separator", " "),
         ("task", "abstain_below", 0.5),
+        ("task", "messages", "chat"),
+        ("task", "too_long", "truncate_left"),
         ("sampling", "seed", 3),
         ("sampling", "temperature", None),
         ("sampling", "temperature", 1.0),
         ("sampling", "stop_token_ids", (3,)),
         ("sampling", "max_new_tokens", 3),
+        ("sampling", "min_p", 0.1),
+        ("sampling", "repetition_penalty", 1.1),
+        ("sampling", "stop", ("x",)),
+        ("sampling", "n", 2),
+        ("sampling", "logprobs", 0),
+        ("sampling", "columns", {"seed": "s"}),
+        ("quant", "int8_threshold", 0.0),
         ("engine", "slots", 32),
         ("engine", "max_len", 32),
         ("engine", "prefill_tokens", 32),
@@ -106,6 +115,7 @@ def test_what_changes_a_row_changes_the_fingerprint(group: str, key: str, value:
     ("group", "key", "value"),
     [
         ("quant", "dequant_cache_gib", 0.0),
+        ("task", "truth", "text"),
         ("shard", "count", 4),
         ("data", "path", ("/moved/rows.parquet",)),
         ("output", "dir", "elsewhere"),
@@ -132,6 +142,25 @@ def test_keys_are_flat_and_values_survive_json() -> None:
     assert not any(isinstance(value, dict) and value for value in found.values())
     assert found["task.chat_args.a.b"] == [1, 2]
     assert found["task.labels"] == [["a", "a"], ["b", "b"], ["c", "c"]]
+
+
+def test_credentials_are_left_out_at_any_depth() -> None:
+    arguments = {
+        "api_key": "hunter2",
+        "secrets": {"inner": ["hunter2"]},
+        "url": "https://me:hunter2@host/x?sig=hunter2",
+    }
+    found = requested(run("task", chat_args=arguments))
+    assert "hunter2" not in json.dumps(found)
+    assert found["task.chat_args.api_key"] == found["task.chat_args.secrets"] == "(redacted)"
+    innocent = requested(run("task", labels={"token": "token", "key": "key"}, chat_args={"word": "spoken"}))
+    assert innocent["task.labels"] == [["token", "token"], ["key", "key"]]
+    assert innocent["task.chat_args.word"] == "spoken"
+
+
+def test_a_prompt_behind_a_url_with_a_key_still_guards() -> None:
+    prompts = [f"See https://a.org/?key=x and answer {{{{ text }}}} {end}" for end in ("briefly", "at length")]
+    assert changed(*(requested(run("task", prompt=prompt)) for prompt in prompts)) == ["task.prompt"]
 
 
 def test_a_moved_checkpoint_is_the_same_and_a_changed_one_is_not(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from pipeline.config import PACKAGE
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizer import Tokenizer
-from pipeline.prompts import PromptBuilder
+from pipeline.prompts import Prompt, PromptBuilder
 from pipeline.settings import TaskSettings
 from pipeline.template import RowTemplate
 
@@ -368,3 +368,118 @@ def test_a_label_that_merges_with_the_prompt_is_tokenized_alone(tmp_path: Any) -
     assert made.continuation("b") == (vocab["b"],)
     assert made.continuation("ab") == (vocab["ab"],)
     assert made.continuation("c") == (vocab["c"],)
+
+
+# --- too long ----------------------------------------------------------------------------------------------------
+
+LEFT, RIGHT = "truncate_left", "truncate_right"
+HEAD, TAIL = "Which topic is this ticket about?\n\n", "\n\nOne word:"
+NEWS = "My parcel is late, the 2nd time; who pays? Grüße 🙂\n"
+
+
+@pytest.fixture(scope="module")
+def adds_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The shipped tokenizer, which here begins plain text with <|bos|>, as Llama's does."""
+    folder = tmp_path_factory.mktemp("bos")
+    changed = transformers.AutoTokenizer.from_pretrained(TINY)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    changed.save_pretrained(folder)
+    return Tokenizer(str(folder))
+
+
+def cut_by_oracle(text: str, head: str, tail: str, room: int, side: str, *, bos: bool) -> list[int] | None:
+    """Tokenize everything, then drop tokens of the row's own text, which is what is between head and tail."""
+    encoded = oracle(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = [*([0] if bos else []), *encoded["input_ids"]]
+    spans = [*([(0, 0)] if bos else []), *encoded["offset_mapping"]]
+    own = [i for i, (begin, end) in enumerate(spans) if end > len(head) and begin < len(text) - len(tail)]
+    over = len(ids) - room
+    if over <= 0:
+        return ids
+    if over >= len(own):
+        return None
+    dropped = own[:over] if side == LEFT else own[-over:]
+    return [token for i, token in enumerate(ids) if i not in dropped]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    text=st.text("ab \n<|>", max_size=60) | st.text(max_size=30) | st.integers(0, 9).map(lambda n: NEWS * n),
+    room=st.integers(1, 80),
+    side=st.sampled_from([LEFT, RIGHT]),
+    kind=st.sampled_from(["chat", "plain", "bos"]),
+    head=st.sampled_from(["", HEAD]),
+    tail=st.sampled_from(["", TAIL]),
+)
+def test_a_long_prompt_loses_tokens_of_the_row_s_own_text(
+    text: str, room: int, side: str, kind: str, head: str, tail: str, adds_bos: Tokenizer
+) -> None:
+    tokenizer = adds_bos if kind == "bos" else tiny
+    task = TaskSettings(kind="generate", prompt=head + "{{ text }}" + tail, too_long=side, chat=kind == "chat")
+    [made] = PromptBuilder(tokenizer, task, ["text"]).build([{"text": text}], room)
+    around = ("", "")
+    if kind == "chat":
+        framed = oracle.apply_chat_template(
+            [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+        )
+        around = tuple(framed.split("x"))
+    whole = around[0] + head + text + tail + around[1]
+    expected = cut_by_oracle(whole, around[0] + head, tail + around[1], room, side, bos=kind == "bos")
+    if expected is None:
+        assert made.token_ids == ()
+        assert made.error == f"the template's own text has more tokens than the {room} there is room for"
+    else:
+        assert made == Prompt(tuple(expected))
+        assert len(made.token_ids) <= room
+
+
+@pytest.mark.parametrize("side", [LEFT, RIGHT])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_cut_prompt_fills_the_room_and_keeps_head_and_tail(chat: bool, side: str, adds_bos: Tokenizer) -> None:
+    task = TaskSettings(kind="generate", prompt=f"{HEAD}{{{{ text }}}}{TAIL}", too_long=side, chat=chat, system=None)
+    made = PromptBuilder(adds_bos, task, ["text"])
+    short, long = made.build([{"text": "My parcel"}, {"text": "first " + NEWS * 20 + "last"}], 90)
+    assert len(short.token_ids) < 90 == len(long.token_ids)
+    assert long.token_ids[0] == 0 and long.token_ids.count(0) == 1, "<|bos|> stays"
+    text = adds_bos.decode([long.token_ids])[0]
+    assert HEAD in text and TAIL in text
+    assert ("first" in text, "last" in text) == ((False, True) if side == LEFT else (True, False))
+    assert made.build([{"text": "x"}], len(short.token_ids))[0].error is None
+
+
+def test_error_is_the_policy_unless_another_is_chosen() -> None:
+    whole = builder(chat=False).build([{"text": NEWS * 20}], 10)[0]
+    assert whole == builder(chat=False).build([{"text": NEWS * 20}])[0]
+    assert len(whole.token_ids) > 10, "the engine says that it has no room"
+
+
+def test_a_template_without_room_for_the_row_is_an_error() -> None:
+    made = builder(f"{HEAD}{{{{ text }}}}", too_long=LEFT, chat=False)
+    fitting, long = made.build([{"text": ""}, {"text": NEWS}], len(tiny.encode([HEAD], False)[0]))
+    assert fitting.error is None
+    assert "the template's own text has more tokens" in str(long.error)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ loop.index }}. {{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}",
+    ],
+)
+def test_what_a_chat_template_makes_of_the_text_is_not_cut(template: str, chat_template: Any) -> None:
+    """Where the row's own tokens cannot be told from the template's, some of the latter could go."""
+    task = TaskSettings(kind="generate", prompt="{{ text }}", too_long=LEFT)
+    short, long = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": "a"}, {"text": NEWS * 9}], 50)
+    assert short.error is None
+    assert "cannot be cut" in str(long.error) and "50" in str(long.error)
+
+
+def test_blanks_that_a_chat_template_trims_are_no_text_of_the_template(chat_template: Any) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+    task = TaskSettings(kind="generate", prompt="\n Ticket: {{ text }} \n", too_long=RIGHT)
+    [made] = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": NEWS * 9}], 40)
+    whole = f"<|user|>\nTicket: {(NEWS * 9).strip()}<|end|>\n"
+    assert list(made.token_ids) == cut_by_oracle(whole, "<|user|>\nTicket: ", "<|end|>\n", 40, RIGHT, bos=False)

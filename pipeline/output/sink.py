@@ -46,13 +46,22 @@ class Sink:
     second discards. `work` must be on the file system of `results`.
     """
 
-    def __init__(self, results: Path, work: Path, schema: pa.Schema, attempt: str, compression: str = "zstd") -> None:
-        """Make both folders; ConfigError where that is impossible."""
+    def __init__(
+        self,
+        results: Path,
+        work: Path,
+        schema: pa.Schema,
+        attempt: str,
+        compression: str = "zstd",
+        row_group_rows: int | None = None,
+    ) -> None:
+        """Make both folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part."""
         self._results = results
         self._work = work
         self._schema = schema
         self._attempt = attempt
         self._compression = compression
+        self._row_group_rows = row_group_rows
         make_folder(results)
         make_folder(work)
 
@@ -99,7 +108,7 @@ class Sink:
         # A Python file, not a path: its OSError keeps the errno, and what is synced is what was written.
         with path.open("wb") as file:
             with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
-                writer.write_table(table)
+                writer.write_table(table, row_group_size=self._row_group_rows)
                 writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(dict(counts), sort_keys=True)})
             file.flush()
             os.fsync(file.fileno())

@@ -42,7 +42,7 @@ def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> Sampl
         raise ConfigError(f"{error} (from {checkpoint.folder / 'generation_config.json'})") from error
 
 
-INTEGERS = ("max_new_tokens", "top_k", "seed", "n")
+INTEGERS = ("max_new_tokens", "top_k", "seed", "n", "logprobs")
 
 
 def row_params(base: SamplingParams, columns: Mapping[str, str], row: Mapping[str, Any]) -> SamplingParams:
@@ -59,13 +59,26 @@ def row_params(base: SamplingParams, columns: Mapping[str, str], row: Mapping[st
 def _value(name: str, column: str, value: Any) -> Any:
     """A cell as the parameter's type."""
     try:
-        if name in ("stop", "stop_token_ids"):
-            items = [value] if isinstance(value, (str, int)) else value
-            return tuple(str(x) if name == "stop" else int(x) for x in items)
-        if name == "logprobs":
-            return {True: 0, False: None}[value] if isinstance(value, bool) else int(value)
-        if isinstance(value, bool) or (name in INTEGERS and int(value) != value):
+        if name == "stop":
+            return tuple(_text(x) for x in ([value] if isinstance(value, str) else value))
+        if name == "stop_token_ids":
+            return tuple(_integer(x) for x in (value if isinstance(value, list) else [value]))
+        if name == "logprobs" and isinstance(value, bool):
+            return 0 if value else None
+        if isinstance(value, bool):
             raise ValueError
-        return int(value) if name in INTEGERS else float(value)
-    except (TypeError, ValueError) as error:
+        return _integer(value) if name in INTEGERS else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"column {column} holds {value!r}, which is no {name}") from error
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

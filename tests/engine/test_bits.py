@@ -40,7 +40,11 @@ def _varied_row(rng: random.Random, n: int) -> Request:
         {},
         {"temperature": 0.8, "seed": n},
         {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "seed": n},
-    ][n % 3]
+        {"repetition_penalty": 1.3, "logprobs": 3},
+        {"temperature": 1.1, "min_p": 0.05, "repetition_penalty": 0.8, "seed": n},
+        {"temperature": 0.9, "top_k": 30, "min_p": 0.02, "logprobs": n % 6, "seed": n},
+        {"temperature": 1.2, "seed": n, "stop": ("ab", "é", "fc")},
+    ][n % 7]
     return Request(
         id=n,
         prompt_ids=prompt,

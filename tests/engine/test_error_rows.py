@@ -132,3 +132,18 @@ def test_a_greedy_row_that_reaches_the_broken_token_is_an_error_row(
     answers = build_engine(broken_folder).answer(rows)
     assert {n for n, c in answers.items() if c.error} == affected
     assert all(answers[n] == expected[n] for n in answers if n not in affected)
+
+
+def test_a_request_with_a_broken_choice_is_an_error_row(
+    broken_folder: Path, checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    """Some of its answers are good; the row says what went wrong, as it has one reason to end."""
+    sampling = SamplingParams(max_new_tokens=24, temperature=0.8, n=4)
+    rows = [Request(id=n, prompt_ids=p, sampling=sampling) for n, p in enumerate(prompts_without(BROKEN, 30, seed=7))]
+    expected = build_engine(checkpoint_folder("llama")).answer(rows)
+    affected = {n for n, c in expected.items() if any(BROKEN in choice.token_ids[:-1] for choice in c.choices)}
+    assert 3 <= len(affected) < len(rows)
+    answers = build_engine(broken_folder).answer(rows)
+    assert {n for n, c in answers.items() if c.finish_reason is FinishReason.ERROR} == affected
+    assert all("not finite" in (answers[n].error or "") and answers[n].token_ids == () for n in affected)
+    assert all(answers[n] == expected[n] for n in answers if n not in affected)

@@ -149,3 +149,42 @@ def test_logprob_of_a_bfloat16_answer_is_near_the_float32_one(
         tokens = answers[request.id].token_ids
         expected = oracle_logprob(model, request.prompt_ids, tokens)
         assert answers[request.id].cumulative_logprob == pytest.approx(expected, abs=0.1 * len(tokens))
+
+
+def test_logprobs_of_every_token_and_of_the_likeliest(
+    checkpoint_folder: Callable[[str], Path], reference: Callable[..., Any], build_engine: Callable[..., Any]
+) -> None:
+    """Under the unmodified softmax, whatever chose the tokens and whatever the neighbours asked for."""
+    folder = checkpoint_folder("llama")
+    model = reference(folder, torch.float64)
+    rng = random.Random(5)
+    wishes = (None, 0, 1, 5, 20)
+    drawn: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "top_k": 9}, {"repetition_penalty": 1.5})
+    requests = [
+        Request(
+            id=n,
+            prompt_ids=random_prompt(rng, rng.choice([1, 12, 280])),
+            sampling=SamplingParams(
+                max_new_tokens=9, logprobs=wishes[n % 5], stop_token_ids=tuple(range(2, 20)), seed=n, **drawn[n % 3]
+            ),
+        )
+        for n in range(30)
+    ]
+    answers = build_engine(folder, slots=16).answer(requests)
+    assert {a.finish_reason for a in answers.values()} == {FinishReason.STOP, FinishReason.LENGTH}
+    for request in requests:
+        completion, wanted = answers[request.id], request.sampling.logprobs
+        if wanted is None:
+            assert completion.logprobs == ()
+            continue
+        assert tuple(step.token_id for step in completion.logprobs) == completion.token_ids
+        logits = oracle_logits(model, (*request.prompt_ids, *completion.token_ids))
+        expected = torch.log_softmax(logits, dim=-1)[len(request.prompt_ids) - 1 :]
+        for place, step in enumerate(completion.logprobs):
+            assert step.logprob == pytest.approx(float(expected[place, step.token_id]), abs=CLOSE)
+            assert len(step.top) == wanted
+            tokens = [token for token, _ in step.top]
+            assert len(set(tokens)) == wanted
+            likeliest = expected[place].topk(wanted).values.tolist()
+            assert [logprob for _, logprob in step.top] == pytest.approx(likeliest, abs=CLOSE)
+            assert expected[place, tokens].tolist() == pytest.approx(likeliest, abs=CLOSE)

@@ -326,9 +326,10 @@ def test_equal_prompts_with_equal_settings_get_equal_answers_in_one_job(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")), ("n", 0),
-     ("logprobs", -1), ("logprobs", 21), ("stop", ("",)), ("stop_token_ids", (3, -1)), ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
-     ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 2**64)],
+    [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+     ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("seed", -1), ("seed", 2**64),
+     ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")), ("n", 0), ("logprobs", -1), ("logprobs", 21),
+     ("stop", ("",)), ("stop_token_ids", (3, -1))],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"sampling.{key}"):

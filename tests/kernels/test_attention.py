@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import pairwise, product
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.engine.attention import PackedPrefill, RowSpan, TrieMask
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.plan import LengthClass, ModelGeometry
+from pipeline.engine.plan import LengthClass, ModelGeometry, round_up
+from pipeline.engine.trie import build_trie
 from pipeline.kernels.attention import (
     AttentionRule,
     attend_cache,
@@ -25,18 +28,31 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in TOLERANCE]
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Output [H, T, D] and log-sum-exp [H, T] in float64, one head at a time."""
     groups = q.shape[0] // k.shape[0]
     outs, lses = [], []
     for head in range(q.shape[0]):
         keys, values = k[head // groups].double(), v[head // groups].double()
         scores = q[head].double() @ keys.T * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         outs.append(torch.softmax(scores, dim=-1) @ values)
         lses.append(torch.logsumexp(scores, dim=-1))
     return torch.stack(outs), torch.stack(lses)
+
+
+def sees(query: int, key: int, window: int | None) -> bool:
+    """Whether the token at a position sees the one at another: itself, and window - 1 before it."""
+    return key <= query and (window is None or query - key < window)
+
+
+def window_mask(tokens: int, window: int | None) -> Tensor:
+    return torch.tensor([[sees(query, key, window) for key in range(tokens)] for query in range(tokens)])
 
 
 def qkv(heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -62,6 +78,115 @@ def test_a_segment(tokens: int, dim: int, heads: int, kv_heads: int, causal: boo
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else None
     attend = attend_causal if causal else attend_segment
     assert_close(attend(q, k, v, AttentionRule(dim**-0.5)), oracle(q, k, v, dim**-0.5, mask), dtype)
+
+
+WINDOWS = [
+    pytest.param(tokens, window, id=f"{tokens}tokens-{window}window")
+    for tokens in (1, 2, 16, 17, 33, 100)
+    for window in sorted({1, 2, 7, 16, tokens - 1, tokens, tokens + 1, 10_000} - {0})
+]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["", "capped"])
+@pytest.mark.parametrize(("tokens", "window"), WINDOWS)
+def test_a_row_looks_at_itself_within_the_window(tokens: int, window: int, softcap: float | None) -> None:
+    """In blocks where the row is longer than the window."""
+    for dtype in TOLERANCE:
+        q, k, v = qkv(6, 2, tokens, tokens, 16, dtype)
+        expected = oracle(q, k, v, 0.5, window_mask(tokens, window), softcap)
+        assert_close(attend_causal(q, k, v, AttentionRule(0.5, window, softcap)), expected, dtype)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_capped_scores(heads: int, kv_heads: int, softcap: float) -> None:
+    rule = AttentionRule(2.0, softcap=softcap)
+    for dtype in TOLERANCE:
+        q, k, v = qkv(heads, kv_heads, 21, 21, 16, dtype)
+        assert_close(attend_segment(q, k, v, rule), oracle(q, k, v, 2.0, softcap=softcap), dtype)
+        expected = oracle(q, k, v, 2.0, window_mask(21, None), softcap)
+        assert_close(attend_causal(q, k, v, rule), expected, dtype)
+
+
+def test_a_row_longer_than_its_window_has_equal_bits_as_its_longer_self() -> None:
+    """Blocks begin at the row's first token: what a row's tokens get does not depend on what comes behind them."""
+    q, k, v = qkv(4, 2, 100, 100, 16, torch.float32)
+    rule = AttentionRule(0.5, 16)
+    whole, _ = attend_causal(q, k, v, rule)
+    part, _ = attend_causal(q[:, :48], k[:, :48], v[:, :48], rule)
+    assert torch.equal(part, whole[:, :48])
+
+
+def trie_oracle(prompt: int, parents: Sequence[int], window: int | None) -> Tensor:
+    """[S + N, S + N]: what prompt tokens and trie nodes see, node by node along its path."""
+    depth: list[int] = []
+    paths: list[set[int]] = []
+    for node, parent in enumerate(parents):
+        depth.append(1 if parent < 0 else depth[parent] + 1)
+        paths.append({node} | (set() if parent < 0 else paths[parent]))
+    places = [*range(prompt), *(prompt - 1 + d for d in depth)]
+    mask = torch.zeros(len(places), len(places), dtype=torch.bool)
+    for query, key in product(range(len(places)), repeat=2):
+        on_path = key < prompt or (query >= prompt and key - prompt in paths[query - prompt])
+        mask[query, key] = on_path and sees(places[query], places[key], window)
+    return mask
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["", "capped"])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 9, 10, 11, 12, 40])
+@pytest.mark.parametrize("prompt", [1, 9, 10])
+def test_candidates_look_along_their_path_within_the_window(
+    prompt: int, window: int | None, softcap: float | None
+) -> None:
+    """Two rows in one pass with padding behind them, in every layer of which the rule may be another."""
+    tries = [build_trie(((5, 6, 7, 8), (5, 6, 9, 9, 9), (5, 1), (4, 4, 4), (3,))), build_trie(((1, 2), (3, 4)))]
+    spans, masks, start = [], [], 0
+    for trie in tries:
+        tree = TrieMask(torch.tensor(trie.ancestors()), torch.tensor(trie.depths))
+        spans.append(RowSpan(start, prompt, tree))
+        masks.append(trie_oracle(prompt, trie.parents, window))
+        start += prompt + len(trie.tokens)
+    padded = round_up(start)
+    q, k, v = qkv(4, 2, padded, padded, 16, torch.float32)
+    attention = PackedPrefill(tuple(spans), None, torch.zeros(padded, dtype=torch.int64))
+    out_THD = attention.attend(0, q, k, v, AttentionRule(0.5, window, softcap))
+    for span, mask in zip(spans, masks, strict=True):
+        row = slice(span.start, span.start + mask.shape[0])
+        expected, _ = oracle(q[:, row], k[:, row], v[:, row], 0.5, mask, softcap)
+        assert float((out_THD[row].transpose(0, 1).double() - expected).abs().max()) < 1e-5
+    assert not out_THD[start:].any()
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["", "capped"])
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 63, 64, 65])
+def test_a_cache_is_read_within_the_window(window: int, softcap: float | None) -> None:
+    """Windows of one token, of a row's length and one off it, and longer than every row."""
+    lengths = torch.tensor([1, 2, 31, 32, 33, 34, 63, 64])
+    torch.manual_seed(0)
+    for dtype in TOLERANCE:
+        q = torch.randn(8, 6, 16).to(dtype)
+        k, v = (torch.randn(8, 2, 64, 16).to(dtype) for _ in range(2))
+        out, lse = attend_cache(q, k, v, lengths, AttentionRule(0.5, window, softcap))
+        for slot, length in enumerate(lengths.tolist()):
+            seen = [key for key in range(length) if sees(length - 1, key, window)]
+            expected = oracle(q[slot][:, None], k[slot][:, seen], v[slot][:, seen], 0.5, softcap=softcap)
+            assert float((out[slot].double() - expected[0][:, 0]).abs().max()) < TOLERANCE[dtype]
+            assert float((lse[slot].double() - expected[1][:, 0]).abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16])
+def test_decoding_token_by_token_equals_the_row_at_once(window: int | None) -> None:
+    """A cache that is written and read as a row grows, against attention over the whole row."""
+    cache, rule = small_cache(), AttentionRule(0.4, window)
+    q, k, v = qkv(4, 2, 32, 32, 8, torch.float32)
+    expected, _ = oracle(q, k, v, 0.4, window_mask(32, window))
+    for position in range(32):
+        here = torch.tensor([position])
+        cache.write(1, torch.tensor([3]), here, k[:, here], v[:, here])
+        keys, values = cache.read(1)
+        query = q[:, position].expand(16, -1, -1)
+        out, _ = attend_cache(query, keys, values, torch.full((16,), position + 1), rule)
+        assert float((out[3].double() - expected[:, position]).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
