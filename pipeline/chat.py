@@ -39,7 +39,7 @@ class ChatFrame:
                 f"the tokenizer's chat template refuses the conversation ({_first_line(error)}); "
                 "drop task.system or task.chat_args, or use task.chat=false"
             ) from error
-        self._sought = sought_texts(tokenizer._tokenizer.chat_template)
+        self._sought = sought_texts(tokenizer.chat_template)
         self.head, _, self.tail = rendered[0].rpartition(PROBES[0])
         fitting = [s for s in STRIPS if rendered == [self.head + s(probe) + self.tail for probe in PROBES]]
         self._strip: Callable[[str], str] = next(iter(fitting), str)

@@ -55,7 +55,11 @@ class SamplingParams:
             ("stop_token_ids", min(self.stop_token_ids, default=0) >= 0, "0 or more"),
             ("stop", all(self.stop), "texts of at least one character"),
             ("n", self.n >= 1, "at least 1"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"at most {MOST_LOGPROBS}"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"false, true or a count from 0 to {MOST_LOGPROBS}",
+            ),
         ):
             if not valid:
                 raise ValueError(f"sampling.{key} must be {allowed}, got {getattr(self, key)}")

@@ -60,15 +60,17 @@ def load_decoder() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
-    """Folder, dtype, quant and engine settings (slots, max_len, prefill_tokens) to an `EngineUnderTest`."""
+    """Folder, dtype, quant, kernel and engine settings (slots, max_len, prefill_tokens) to an `EngineUnderTest`."""
     import torch
     from oracle import EngineUnderTest
 
     from pipeline.engine.plan import EngineSettings, longest_rows, plan_engine
     from pipeline.models.architecture import geometry_of
 
-    def build(folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", **engine: Any) -> EngineUnderTest:
-        decoder = load_decoder(folder, dtype, quant)
+    def build(
+        folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", kernel: str = "auto", **engine: Any
+    ) -> EngineUnderTest:
+        decoder = load_decoder(folder, dtype, quant, kernel)
         geometry = geometry_of(decoder.model.config)
         settings = EngineSettings(**engine)
         plan = plan_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,35 +199,29 @@ def conversation(turns: list[str], system: str | None = None) -> list[dict[str, 
     return messages + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-@pytest.fixture(scope="module")
-def oracle() -> Any:
+@cache
+def tiny() -> Any:
     return transformers.AutoTokenizer.from_pretrained(TINY)
 
 
-def builder(system: str | None = None, **more: Any) -> PromptBuilder:
-    task = TaskSettings(kind="generate", prompt="{{ prompt }}", messages="chat", system=system, **more)
+@cache
+def builder(system: str | None = None) -> PromptBuilder:
+    task = TaskSettings(kind="generate", prompt="{{ prompt }}", messages="chat", system=system)
     return PromptBuilder(Tokenizer(str(TINY)), task, ["chat", "other"])
 
 
 @settings(deadline=None, max_examples=50)
 @given(turns=TURNS, own=st.none() | st.text(max_size=5), as_json=st.booleans())
 def test_conversations_are_what_apply_chat_template_gives(turns: list[str], own: str | None, as_json: bool) -> None:
-    oracle = transformers.AutoTokenizer.from_pretrained(TINY) if not ORACLES else ORACLES[0]
-    ORACLES[:] = [oracle]
     messages = conversation(turns, own)
     value: Any = json.dumps(messages) if as_json else messages
     for system in (None, "Be brief."):
-        if system not in BUILDERS:
-            BUILDERS[system] = builder(system)
         given_first = messages if own is not None or system is None else conversation(turns, system)
-        encoded = oracle.apply_chat_template(given_first, tokenize=True, add_generation_prompt=True, return_dict=True)
-        [made] = BUILDERS[system].build([{"chat": value}])
+        encoded = tiny().apply_chat_template(given_first, tokenize=True, add_generation_prompt=True, return_dict=True)
+        [made] = builder(system).build([{"chat": value}])
         assert made == Prompt(tuple(encoded["input_ids"]))
-        assert made.token_ids.count(oracle.bos_token_id) == 1
+        assert made.token_ids.count(tiny().bos_token_id) == 1
 
-
-ORACLES: list[Any] = []
-BUILDERS: dict[str | None, PromptBuilder] = {}
 
 BAD = {
     "null": (None, "no list of role and content"),

@@ -154,6 +154,7 @@ SAMPLES = {
     "task.label_eos": "true",
     "engine.slots": "3",
     "engine.prefill_tokens": "3",
+    "output.compression": "snappy",
     "shard.index": "1",
 }
 """A value other than the default, for the keys where the type alone does not give one."""
@@ -323,7 +324,7 @@ MISTAKES = [
     (("task.prompt_file=/nonexistent/x",), r"task\.prompt_file=/nonexistent/x cannot be read"),
     # messages, lengths, sampling
     (("task.messages=chat", "task.prompt=a"), r"task\.messages and task\.prompt are both set"),
-    (("task.messages=chat", f"task.prompt_file={SAMPLES['task.prompt_file']}"), r"messages and task\.prompt_file are both"),
+    (("task.messages=chat", f"task.prompt_file={SAMPLES['task.prompt_file']}"), r"task\.prompt_file are both set"),
     (("task.messages=chat", "task.too_long=truncate_left"), r"task\.too_long=truncate_left .* task\.messages .* error"),
     (("task.too_long=cut",), r"task\.too_long must be one of error, truncate_left, truncate_right, got cut"),
     (("sampling.n=0",), r"sampling\.n must be at least 1, got 0"),

@@ -21,6 +21,7 @@ from pipeline.quant.spec import QuantSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Buffers that old checkpoints carry and models compute themselves."""
 RENAMED = {"embed_out.": "lm_head."}
@@ -113,6 +114,7 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     """Read a load's tensors and put them where they belong."""
     if not load.stored:
         leaf, info = next(iter(load.tensors.items()))
+        _refuse_codes(model, load.path, leaf, info)
         _place(model, load.path, leaf, _read(info).to(device=device, dtype=dtype), info, quant)
         return
     assert quant is not None
@@ -131,6 +133,16 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
             f"{expected.out_features} x {expected.in_features}; fetch the checkpoint again"
         )
     model.set_submodule(load.path, linear)
+
+
+def _refuse_codes(model: nn.Module, path: str, leaf: str, info: TensorInfo) -> None:
+    """Integers are no weights: they would be the codes of a quantized one whose statistics are missing."""
+    expected = getattr(model.get_submodule(path), leaf)
+    if expected.is_floating_point() and info.dtype not in FLOAT_DTYPES:
+        raise ConfigError(
+            f"{info.file}: tensor {info.name} has dtype {info.dtype} and no statistics to dequantize it with; "
+            "fetch the checkpoint again"
+        )
 
 
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

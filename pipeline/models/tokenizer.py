@@ -33,9 +33,15 @@ class Tokenizer:
         self._backend.no_padding()
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template it brings, None without one."""
+        template = self._tokenizer.chat_template
+        return None if template is None else str(template)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer brings a chat template."""
-        return self._tokenizer.chat_template is not None
+        return self.chat_template is not None
 
     @property
     def vocab_size(self) -> int:

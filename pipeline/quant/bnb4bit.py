@@ -77,7 +77,7 @@ def read_packed(tensors: Mapping[str, Tensor]) -> Packed4bit:
         state_name = next(name for name in tensors if name.startswith(STATE))
         state = json.loads(bytes(tensors[state_name].cpu().tolist()))
         packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1)
-        nested = _read_nested(tensors, state) if "weight.nested_absmax" in tensors else None
+        nested = _read_nested(tensors, state) if "nested_blocksize" in state else None
         rows, columns = state["shape"]
         weight = Packed4bit(
             packed=packed,
@@ -89,10 +89,23 @@ def read_packed(tensors: Mapping[str, Tensor]) -> Packed4bit:
         )
     except (StopIteration, KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"its bitsandbytes 4-bit statistics are missing or broken ({error!r})") from error
-    blocks = -(-rows * columns // weight.blocksize)
-    if weight.quant_type not in CODES or packed.numel() * 2 != rows * columns or weight.absmax.numel() != blocks:
+    if not _fits(weight):
         raise ConfigError(f"its bitsandbytes 4-bit statistics do not fit a weight of {rows} x {columns}")
     return weight
+
+
+def _fits(weight: Packed4bit) -> bool:
+    """Whether codes and statistics are as many, and of the kinds, that the weight's shape asks for."""
+    count = weight.shape[0] * weight.shape[1]
+    if weight.quant_type not in CODES or weight.blocksize < 1 or weight.packed.numel() * 2 != count:
+        return False
+    blocks = -(-count // weight.blocksize)
+    if weight.absmax.numel() != blocks or weight.absmax.is_floating_point() != (weight.nested is None):
+        return False
+    inner = weight.nested
+    return inner is None or (
+        inner.blocksize >= 1 and inner.absmax.numel() == -(-blocks // inner.blocksize) and inner.code.numel() == 256
+    )
 
 
 def _read_nested(tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> NestedAbsmax:

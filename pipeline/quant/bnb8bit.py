@@ -30,13 +30,17 @@ class Bnb8bitFormat:
 
     def stored_leaves(self, leaves: Iterable[str]) -> set[str]:
         """Which of a module's tensors make up a quantized weight; none if it is stored unquantized."""
-        return set(leaves) & {"weight", "SCB", "weight_format"} if "SCB" in leaves else set()
+        present = set(leaves) & {"weight", "SCB", "weight_format"}
+        return present if present - {"weight"} else set()
 
     def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         """From a weight as bitsandbytes saves it: "weight" int8 [N, K] row by row, "SCB" its scales [N].
 
         Raises ConfigError on another layout.
         """
+        missing = [leaf for leaf in ("weight", "SCB") if leaf not in tensors]
+        if missing:
+            raise ConfigError(f"its bitsandbytes 8-bit weight lacks {missing[0]}")
         codes_NK, scales_N = tensors["weight"], tensors["SCB"]
         row_major = int(tensors.get("weight_format", torch.tensor(0))) == 0
         if codes_NK.dtype != torch.int8 or scales_N.numel() != codes_NK.shape[0] or not row_major:

@@ -143,9 +143,11 @@ def test_a_used_engine_answers_like_a_fresh_one(
     assert drive(used, rows) == expected
 
 
-@pytest.mark.parametrize(("dtype", "quant"), MODELS)
+@pytest.mark.parametrize(
+    ("dtype", "quant"), [MODELS[0], *(pytest.param(*m.values, id=m.id, marks=pytest.mark.slow) for m in MODELS[1:])]
+)
 def test_number_of_threads(wide: Callable[..., EngineUnderTest], dtype: torch.dtype, quant: str) -> None:
-    rows = varied_rows(12)
+    rows = varied_rows(7)
     engine = wide(dtype, quant)
     expected = engine.answer(rows)
     before = torch.get_num_threads()

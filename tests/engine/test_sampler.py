@@ -258,7 +258,7 @@ def test_first_and_second_tokens_are_drawn_from_the_models_distribution(
 
 
 def test_prompts_of_equal_seed_draw_independently(
-    tiny_vocab: EngineUnderTest, next_token_logits: Callable[[tuple[int, ...]], Tensor]
+    tiny_vocab: EngineUnderTest, checkpoint_folder: Callable[[str], Path], reference: Callable[..., Any]
 ) -> None:
     """A run has one seed: its rows must not all draw the same uniform number."""
     total = 2000
@@ -266,9 +266,12 @@ def test_prompts_of_equal_seed_draw_independently(
     prompts = {n: random_prompt(rng, 8, 32) for n in range(total)}
     sampling = SamplingParams(max_new_tokens=1, temperature=1.0, seed=42)
     answers = tiny_vocab.answer(Request(id=n, prompt_ids=p, sampling=sampling) for n, p in prompts.items())
+    with torch.no_grad():
+        logits_BV = reference(checkpoint_folder("llama-vocab32"), torch.float64)(
+            torch.tensor([*prompts.values()])
+        ).logits
     places = []
-    for n, prompt in prompts.items():
-        probabilities = torch.softmax(next_token_logits(prompt), dim=-1)
+    for n, probabilities in enumerate(torch.softmax(logits_BV[:, -1], dim=-1)):
         token = answers[n].token_ids[0]
         # where the draw fell in the cumulative distribution, spread evenly within its step
         places.append(float(probabilities[:token].sum()) + rng.random() * float(probabilities[token]))

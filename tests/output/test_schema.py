@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import duckdb
 import pandas as pd
 import pyarrow as pa
@@ -45,6 +46,39 @@ def test_the_columns_of_a_task(task: str, expected: dict[str, str]) -> None:
     assert all(field.nullable for field in output_fields(task))
 
 
+def test_the_run_s_labels_make_structs_and_rows_own_labels_maps() -> None:
+    labels = ["yes", "no, thanks", "a.b"]
+    fields = {field.name: field.type for field in output_fields("label", (), labels)}
+    struct = pa.struct([(label, pa.float64()) for label in labels])
+    assert fields["label_probs"] == fields["label_logprob"] == struct
+    assert list(fields) == list(LABEL)
+    own = {field.name: field.type for field in output_fields("label", (), None)}
+    assert own["label_probs"] == own["label_logprob"] == pa.map_(pa.string(), pa.float64())
+    assert [(f.name, f.type) for f in output_fields("generate", (), labels)] == [
+        (f.name, f.type) for f in output_fields("generate")
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked", [(), ("token_ids",), ("token_ids", "logprobs"), ("choices",), ("token_ids", "logprobs", "choices")]
+)
+def test_columns_on_request_come_last(asked: tuple[str, ...]) -> None:
+    assert [field.name for field in output_fields("generate", asked)] == [*COMMON, *asked]
+    taken = pa.schema([("id", pa.int64()), *((name, pa.int64()) for name in asked)])
+    if asked:
+        with pytest.raises(ConfigError, match=rf"columns {', '.join(asked)} have .* set output\.columns to .*: \[id\]"):
+            results_schema(taken, None, "generate", {}, asked)
+    assert results_schema(taken, ["id"], "generate", {}, asked).names == ["id", *COMMON, *asked]
+    assert results_schema(taken, None, "generate", {}).names == [*taken.names, *COMMON]
+
+
+def test_a_choice_has_the_columns_of_an_answer() -> None:
+    fields = {field.name: field.type for field in output_fields("generate", ("token_ids", "logprobs", "choices"))}
+    inner = {field.name: field.type for field in fields["choices"].value_type}
+    assert inner == {name: fields[name] for name in inner}
+    assert set(inner) == set(fields) - {"row_id", "error", "prompt_tokens", "choices"}
+
+
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(ConfigError, match="task must be one of generate, label, got rank"):
         output_fields("rank")
@@ -78,9 +112,11 @@ def test_bad_output_columns_are_refused(columns: list[str], message: str) -> Non
         results_schema(INPUT, columns, "generate", {})
 
 
-def test_every_reader_sees_one_schema_and_the_same_values(tmp_path: Path) -> None:
-    schema = results_schema(INPUT, None, "label", {"pipeline.run": "r1"})
-    row = {"id": 1, "prompt": "p", "tags": ["a"], "row_id": "000000-000000000000", "label_probs": [("x", 0.25)]}
+@pytest.mark.parametrize("labels", [None, ["x", "y z"]], ids=["map", "struct"])
+def test_every_reader_sees_one_schema_and_the_same_values(labels: list[str] | None, tmp_path: Path) -> None:
+    schema = results_schema(INPUT, None, "label", {"pipeline.run": "r1"}, (), labels)
+    probs = [("x", 0.25)] if labels is None else {"x": 0.25, "y z": 0.75}
+    row = {"id": 1, "prompt": "p", "tags": ["a"], "row_id": "000000-000000000000", "label_probs": probs}
     pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "part-0.parquet")
     pq.write_table(schema.empty_table(), tmp_path / "part-1.parquet")
     assert ds.dataset(tmp_path).schema.equals(schema)
@@ -88,3 +124,8 @@ def test_every_reader_sees_one_schema_and_the_same_values(tmp_path: Path) -> Non
     assert list(pd.read_parquet(tmp_path).columns) == schema.names
     query = f"select id, label_probs['x'], margin from read_parquet('{tmp_path}/*.parquet')"
     assert duckdb.sql(query).fetchall() == [(1, 0.25, None)]
+    if labels is not None:
+        part = str(tmp_path / "part-0.parquet")  # `datasets` refuses files without rows
+        loaded = datasets.load_dataset("parquet", data_files=part, split="train", cache_dir=str(tmp_path / "cache"))
+        assert loaded[0]["label_probs"] == probs
+        assert loaded.column_names == schema.names

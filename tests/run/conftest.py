@@ -59,3 +59,13 @@ def tiny_reference() -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager").eval()
     return model, AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def small_reference(small_model: Path) -> Any:
+    """The random model and its tokenizer, as transformers loads and runs them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32, attn_implementation="eager").eval()
+    return model, AutoTokenizer.from_pretrained(small_model)

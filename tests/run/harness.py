@@ -147,6 +147,34 @@ def stats(out: Path) -> list[dict[str, Any]]:
     return [pq.read_table(path).to_pylist()[0] for path in sorted((out / "stats").glob("run-*.parquet"))]
 
 
+def greedy_tokens(model: Any, ids: Sequence[int], max_new_tokens: int, **settings: Any) -> list[int]:
+    """What transformers' generate puts behind the prompt, the end token (1) cut off."""
+    import torch
+
+    out = model.generate(
+        torch.tensor([list(ids)]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        **settings,
+    )
+    tokens: list[int] = out[0, len(ids) :].tolist()
+    return tokens[:-1] if tokens[-1] == 1 else tokens
+
+
+def holding(folder: Path, secret: str) -> list[str]:
+    """The files of a folder that have a text in them, in a Parquet file's values too."""
+    return [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and (
+            secret.encode() in path.read_bytes()
+            or (path.suffix == ".parquet" and secret in repr(pq.ParquetFile(path).read().to_pylist()))
+        )
+    ]
+
+
 def disk_state(out: Path) -> dict[str, tuple[int, int, bytes]]:
     """Every file's inode, modification time and content."""
     return {

@@ -14,6 +14,7 @@ import pytest
 from harness import (
     Ended,
     environment,
+    holding,
     nothing_left_over,
     parts,
     prompt,
@@ -22,6 +23,7 @@ from harness import (
     run_cli,
     run_here,
     run_json,
+    stats,
     write,
 )
 
@@ -360,9 +362,43 @@ def test_no_input_column_needs_to_be_kept(attempt: Callable[..., Ended], tmp_pat
     assert results(tmp_path / "out").column_names[0] == "row_id"
 
 
-def test_secrets_stay_out_of_the_output_folder(attempt: Callable[..., Ended], tmp_path: Path) -> None:
-    attempt("task.chat_args={api_key: hunter2}").done()
-    holding = [
-        path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()
-    ]
-    assert not holding
+URL = "https://me:hunter2@host/x?partNumber=1&X-Amz-Signature=hunter2&se=3"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task.chat_args={api_key: hunter2}"],
+        ["task.chat_args={secrets: {inner: [hunter2, {deeper: hunter2}]}, passwords: [hunter2]}"],
+        [f"task.chat_args={{url: '{URL}', urls: ['{URL}'], nested: {{more: '{URL}'}}}}"],
+        [prompt("{{ prompt }}{# " + URL + " #}")],
+        [f"task.system='{URL}'"],
+    ],
+    ids=["key", "nested", "urls", "comment", "system"],
+)
+def test_secrets_stay_out_of_the_output_folder(
+    overrides: list[str], attempt: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = attempt(*overrides).done()
+    assert not holding(tmp_path / "out", "hunter2")
+    assert "hunter2" not in ended.out + ended.err
+    assert holding(tmp_path / "out", "(redacted)") == ["plan.json", "run.json", stats_file(tmp_path / "out")]
+    assert json.loads(stats(tmp_path / "out")[0]["config"])["task"]["kind"] == "generate"
+    attempt(*overrides).done()
+    shown = attempt(*overrides, f"output.dir={tmp_path / 'never'}", "dry_run=true").done()
+    assert "hunter2" not in shown.out + shown.err
+    assert json.loads(shown.out)["rows"] == 3
+
+
+def stats_file(out: Path) -> str:
+    (path,) = (out / "stats").glob("run-*.parquet")
+    return str(path.relative_to(out))
+
+
+@pytest.mark.parametrize("key", ["data.path", "model.path", "model.tokenizer"])
+def test_secrets_stay_out_of_refusals(key: str, attempt: Callable[..., Ended]) -> None:
+    """`file://` and unknown places: nothing is fetched, the sentence names what was asked for."""
+    place = URL.replace("https", "nosuch")
+    ended = attempt(f"{key}='{place}'")
+    assert "hunter2" not in ended.refusal()
+    assert key.split(".")[0] in ended.err

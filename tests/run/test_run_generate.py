@@ -8,35 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import label_args, prompt, results, rows, run_here, write
+from harness import greedy_tokens, label_args, prompt, results, rows, run_here, write
 
 MAX_NEW = 14
 
 
 @pytest.fixture(scope="module")
-def reference(small_model: Path) -> Any:
-    """The random model and its tokenizer, as transformers loads and runs them."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32, attn_implementation="eager").eval()
-    return model, AutoTokenizer.from_pretrained(small_model)
+def reference(small_reference: Any) -> Any:
+    return small_reference
 
 
 def generated(reference: Any, ids: list[int], **settings: Any) -> list[int]:
     """Greedy tokens of the reference behind the prompt, the end token cut off."""
-    import torch
-
     model, _ = reference
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=min(MAX_NEW, model.config.max_position_embeddings - len(ids)),
-        **settings,
-    )
-    tokens: list[int] = out[0, len(ids) :].tolist()
-    return tokens[:-1] if tokens[-1] == 1 else tokens
+    return greedy_tokens(model, ids, min(MAX_NEW, model.config.max_position_embeddings - len(ids)), **settings)
 
 
 def generate_args(model: Path, data: Path, out: Path, *more: str) -> list[str]:
