@@ -24,7 +24,7 @@ SUPPORTED = (
     "vaultgemma",
 )  # fmt: skip
 """Decoders with full or sliding-window attention; each is held against transformers' own in the tests."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 """RoPE variants. Dynamic NTK changes its angles only beyond the model's positions, where no row goes;
 long RoPE is chosen per row (`rope.py`)."""
 
