@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline import __version__, fingerprint
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunFailed
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
@@ -84,6 +84,7 @@ class Job:
         self.count = cache(self.source.count)
         self.input_schema: pa.Schema = self._input_schema()
         self._check_columns()
+        self._check_output_apart()
         if config.task.messages is None:
             RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(
@@ -197,7 +198,21 @@ class Job:
             attempt,
             asked.compression,
             asked.row_group_rows,
+            self._check_still_ours,
         )
+
+    def _check_still_ours(self) -> None:
+        """Raise RunFailed when run.json has been removed or replaced while this process worked."""
+        assert self.manifest is not None
+        try:
+            run_id = manifests.load(self.output.run_json).run_id
+        except ConfigError:
+            run_id = ""
+        if run_id != self.manifest.run_id:
+            raise RunFailed(
+                f"{self.output.run_json} is not the one this process started with any more; nothing is written under "
+                "other settings; run the same command again"
+            )
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
         """Keep the run's summary in run.json, and clear away what killed processes left."""
@@ -239,6 +254,15 @@ class Job:
     def _on_request(self) -> tuple[str, ...]:
         return self.config.sampling.on_request if self.config.task.kind == "generate" else ()
 
+    def _check_output_apart(self) -> None:
+        """Results below the input would be read as input by the next run."""
+        output = self.output.root.resolve()
+        for path in self.config.data.path:
+            if "://" not in path and Path(path).is_dir() and output.is_relative_to(Path(path).resolve()):
+                raise ConfigError(
+                    f"output.dir={self.config.output.dir} lies inside data.path={path}; choose another one"
+                )
+
     def _check_columns(self) -> None:
         task = self.config.task
         names: dict[str, str | None] = {f"sampling.columns.{k}": v for k, v in self.config.sampling.columns.items()}
@@ -254,6 +278,10 @@ class Job:
                 )
         if task.truth is not None and pa.types.is_nested(self.input_schema.field(task.truth).type):
             raise ConfigError(f"task.truth={task.truth} is a column of lists or structs; name one of plain values")
+        if isinstance(task.labels, str):
+            kind = self.input_schema.field(task.labels).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise ConfigError(f"task.labels={task.labels} is a column of {kind}; name one of lists of labels")
         kept = self.config.output.columns
         if task.truth is not None and kept is not None and task.truth not in kept:
             raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.core import Completion
 from pipeline.data.source import Chunk
@@ -99,7 +100,7 @@ class Outlet:
             rows=len(completions),
             error_rows=sum(c.error is not None for c in completions),
             prompt_tokens=sum(c.prompt_tokens for c in completions),
-            completion_tokens=int(pa.compute.sum(table["completion_tokens"]).as_py() or 0),
+            completion_tokens=_completion_tokens(table, completions),
         )
         self._sink.commit(
             prepared.chunk,
@@ -120,3 +121,9 @@ class Outlet:
             for f in self._schema
         ]
         return pa.table(arrays, schema=self._schema)
+
+
+def _completion_tokens(table: pa.Table, completions: Sequence[Completion]) -> int:
+    """Tokens of all answers: those in the column, and those of a row's further answers."""
+    first: int = pc.sum(table["completion_tokens"]).as_py() or 0
+    return first + sum(len(choice.token_ids) for c in completions for choice in c.choices[1:])

@@ -229,7 +229,7 @@ class Shift:
         completions = [o.completion for o in self.engine.poll() if o.completion is not None]
         for completion in completions:
             outlet.add(completion)
-        tokens = sum(c.prompt_tokens + len(c.token_ids) for c in completions)
+        tokens = sum(c.prompt_tokens + sum(len(x.token_ids) for x in c.choices or (c,)) for c in completions)
         self.progress.advance(len(completions), tokens)
         return len(completions)
 
@@ -290,6 +290,10 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     totals = sink.totals(chunk.id for chunk in job.chunks)
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
+    if summary["error_rows"]:
+        from pipeline.evaluate.errors import commonest_error
+
+        summary["commonest_error"] = commonest_error(job.output.results)
     truth = job.config.task.truth
     if truth is not None:
         from pipeline.evaluate.truth import accuracy
@@ -304,13 +308,20 @@ def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
     """What the end of a run prints."""
     lines = [
         f"results    {job.output.results} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
-        f"in {max(1, summary['chunks']):,} parts)"
+        f"in {_count(max(1, summary['chunks']), 'part')})"
     ]
+    if summary.get("commonest_error"):
+        worst = summary["commonest_error"]
+        lines.append(f"errors     most often, in {_count(worst['rows'], 'row')}: {worst['error']}")
     lines += [f"{name:<10} {value}" for name, value in _speed(job)]
     judged = summary.get("accuracy")
     if judged and judged["value"] is not None:
         lines.append(f"accuracy   {100 * judged['value']:.1f} % of {judged['rows']:,} rows (column {judged['column']})")
     return lines
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _speed(job: Job) -> Iterator[tuple[str, str]]:

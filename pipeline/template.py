@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pipeline.errors import ConfigError
 
 ROW = "row"
-"""A template's name for the whole row, for columns whose names are no identifiers."""
+"""A template's name for the whole row, for columns whose names are no identifiers; `_row` if a column has this name."""
 
 
 class NotText(TypeError):
@@ -27,7 +27,7 @@ def names_in(source: str) -> list[str]:
         names = meta.find_undeclared_variables(environment.parse(source))
     except jinja2.TemplateSyntaxError:
         return []
-    return sorted(names - {ROW, *environment.globals})
+    return sorted(names - {ROW, f"_{ROW}", *environment.globals})
 
 
 class NullColumn:
@@ -73,15 +73,18 @@ class RowTemplate:
             names = meta.find_undeclared_variables(parsed)
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
+            hint = "; a column whose name is no identifier is written row['its name']"
             raise ConfigError(
                 f"task.prompt is no valid Jinja template: {error.message} (line {error.lineno})"
+                f"{hint if 'end of print statement' in str(error.message) else ''}"
             ) from error
-        unknown = sorted(names - {*columns, ROW})
+        self._row = f"_{ROW}" if ROW in columns else ROW
+        unknown = sorted(names - {*columns, self._row})
         if unknown:
             raise ConfigError(
                 f"task.prompt uses {unknown[0]}, which is no column; the columns are {', '.join(columns) or 'none'}"
             )
-        self.columns = list(columns) if ROW in names - set(columns) else sorted(names)
+        self.columns = list(columns) if self._row in names - set(columns) else sorted(names)
         parts = [part for node in parsed.body for part in (node.nodes if isinstance(node, nodes.Output) else [node])]
         self.head = "".join(_constant(parts))
         self.tail = "".join(reversed([*_constant(reversed(parts))]))
@@ -92,7 +95,7 @@ class RowTemplate:
         if self._joined is not None:
             return self._joined(row)
         marked = _marked(row)
-        return self._template.render({ROW: marked, **marked})
+        return self._template.render({self._row: marked, **marked})
 
 
 def _printable(value: Any) -> Any:
@@ -127,7 +130,8 @@ def _constant(parts: Iterable[nodes.Node]) -> list[str]:
 def _joiner(parts: Sequence[nodes.Node]) -> Callable[[Mapping[str, Any]], str] | None:
     """A template of constant texts and bare columns as a join, many times faster than Jinja; None for any other."""
     if not all(
-        isinstance(part, nodes.TemplateData | nodes.Name) and getattr(part, "name", "") != ROW for part in parts
+        isinstance(part, nodes.TemplateData | nodes.Name) and getattr(part, "name", "") not in (ROW, f"_{ROW}")
+        for part in parts
     ):
         return None
     pieces = [

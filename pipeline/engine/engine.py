@@ -221,7 +221,8 @@ def unfit(request: Request, plan: EnginePlan) -> str | None:
     answer = max((len(c) for c in request.candidates), default=1)
     if len(request.prompt_ids) + answer > plan.max_len:
         what = "its longest label" if request.candidates else "an answer"
-        return f"the prompt has {len(request.prompt_ids)} tokens, which with {what} is more than {plan.max_len}"
+        tokens = len(request.prompt_ids)
+        return f"the prompt has {tokens} tokens, which with {what} is more than the {plan.max_len} there is room for"
     if pass_tokens(request) > plan.prefill_tokens[-1]:
         return f"the prompt and its labels have {pass_tokens(request)} tokens, more than {plan.prefill_tokens[-1]}"
     return None

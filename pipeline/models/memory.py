@@ -33,13 +33,13 @@ CACHE_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of the device: what is there, and what takes it. `dequant_cache` is a budget, it may stay unused."""
+    """Bytes of the device: what is there, and what takes it. the last two are budgets and may stay unused."""
 
     budget: int
     weights: int
     passes: int
-    kv_cache: int
-    dequant_cache: int
+    kv_cache_budget: int
+    dequant_cache_budget: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, in bytes."""
@@ -131,7 +131,7 @@ def plan_shapes(
                 engine,
                 longest=longest,
                 device_type=place.device_type,
-                kv_budget_bytes=memory.kv_cache,
+                kv_budget_bytes=memory.kv_cache_budget,
                 kv_itemsize=place.dtype.itemsize,
             )
         except ConfigError:
@@ -145,7 +145,7 @@ def plan_shapes(
 def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, longest: int) -> MemoryPlan:
     """Share out the budget; raises ConfigError naming both sizes if not even the weights fit.
 
-    `kv_cache` is what keys and values may take: what weights, one pass and dequantized weights leave.
+    `kv_cache_budget` is what keys and values may take: what weights, one pass and dequantized weights leave.
     """
     weights, dense = weight_bytes(place.checkpoint, place.spec, place.dtype, place.device_type)
     tokens, logit_rows = largest_pass(engine, longest, place.device_type)
@@ -158,7 +158,9 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
             "quantize it (quant=bnb), lower engine.prefill_tokens, or take a larger device"
         )
     cache = _cache_budget(quant, dense, rest)
-    return MemoryPlan(budget=place.budget, weights=weights, passes=passes, kv_cache=rest - cache, dequant_cache=cache)
+    return MemoryPlan(
+        budget=place.budget, weights=weights, passes=passes, kv_cache_budget=rest - cache, dequant_cache_budget=cache
+    )
 
 
 def _cache_budget(settings: QuantSettings, dense: int, rest: int) -> int:

@@ -88,7 +88,7 @@ class Runtime:
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        model.cache_dequantized(self.memory.dequant_cache)
+        model.cache_dequantized(self.memory.dequant_cache_budget)
         engine = Engine(
             model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device, decode
         )

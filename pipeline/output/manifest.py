@@ -157,8 +157,8 @@ def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path, *
     differences = "; ".join(lines[:_SHOWN_DIFFERENCES] + more)
     if not started:
         raise ConfigError(
-            f"output.dir {output_dir} was begun with other settings: {differences}; no row is done yet, so remove "
-            "its run.json to begin again with these"
+            f"output.dir {output_dir} was begun with other settings: {differences}; no row is done yet: stop the "
+            "processes that work on it, if any, and remove its run.json to begin again with these"
         )
     raise ConfigError(
         f"output.dir {output_dir} holds results of another run: {differences}; "

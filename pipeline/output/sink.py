@@ -16,7 +16,7 @@ from pipeline.errors import RunFailed
 from pipeline.output.durable import discard, failing_run, make_folder, publish, sync_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 _COUNTS_KEY = "pipeline.counts"
@@ -54,14 +54,19 @@ class Sink:
         attempt: str,
         compression: str = "zstd",
         row_group_rows: int | None = None,
+        before_publish: Callable[[], None] | None = None,
     ) -> None:
-        """Make both folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part."""
+        """Make both folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part.
+
+        `before_publish` may raise to stop a finished Part from being published.
+        """
         self._results = results
         self._work = work
         self._schema = schema
         self._attempt = attempt
         self._compression = compression
         self._row_group_rows = row_group_rows
+        self._before_publish = before_publish
         make_folder(results)
         make_folder(work)
 
@@ -82,6 +87,8 @@ class Sink:
         with failing_run(final):
             try:
                 self._write(temporary, table, counts)
+                if self._before_publish is not None:
+                    self._before_publish()
                 published = publish(temporary, final)
                 sync_folder(self._results)
             finally:
@@ -93,10 +100,13 @@ class Sink:
         return self.commit(_EMPTY, self._schema.empty_table(), {})
 
     def totals(self, chunk_ids: Iterable[str]) -> dict[str, int]:
-        """The sums of the counts that the chunks' Parts were committed with; RunFailed if one is unreadable."""
+        """The sums of the counts that the chunks' Parts were committed with.
+
+        Raises RunFailed if one is unreadable, or is another run's by the schema's metadata.
+        """
         totals: Counter[str] = Counter()
         for chunk_id in chunk_ids:
-            totals.update(_read_counts(self._results / part_name(chunk_id)))
+            totals.update(_read_counts(self._results / part_name(chunk_id), self._schema.metadata or {}))
         return dict(totals)
 
     def sweep(self) -> None:
@@ -114,7 +124,7 @@ class Sink:
             os.fsync(file.fileno())
 
 
-def _read_counts(path: Path) -> dict[str, int]:
+def _read_counts(path: Path, expected: Mapping[bytes, bytes]) -> dict[str, int]:
     try:
         metadata = pq.read_metadata(path).metadata or {}
         counts: dict[str, int] = json.loads(metadata[_COUNTS_KEY.encode()])
@@ -122,4 +132,9 @@ def _read_counts(path: Path) -> dict[str, int]:
         raise RunFailed(
             f"{path} is not a Part that this pipeline committed ({error!r}); remove it to have its rows done again"
         ) from error
+    if any(metadata.get(key) != value for key, value in expected.items()):
+        raise RunFailed(
+            f"{path} was made by another run than run.json tells of (its metadata names another run or other "
+            "settings); remove it to have its rows done again"
+        )
     return counts
