@@ -76,7 +76,7 @@ class RowTemplate:
             hint = "; a column whose name is no identifier is written row['its name']"
             raise ConfigError(
                 f"task.prompt is no valid Jinja template: {error.message} (line {error.lineno})"
-                f"{hint if 'end of print statement' in str(error.message) else ''}"
+                f"{hint if str(error.message).startswith(UNEXPECTED_WORD) else ''}"
             ) from error
         self._row = f"_{ROW}" if ROW in columns else ROW
         unknown = sorted(names - {*columns, self._row})

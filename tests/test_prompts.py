@@ -483,3 +483,8 @@ def test_blanks_that_a_chat_template_trims_are_no_text_of_the_template(chat_temp
     [made] = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": NEWS * 9}], 40)
     whole = f"<|user|>\nTicket: {(NEWS * 9).strip()}<|end|>\n"
     assert list(made.token_ids) == cut_by_oracle(whole, "<|user|>\nTicket: ", "<|end|>\n", 40, RIGHT, bos=False)
+
+
+def test_a_column_whose_name_is_no_identifier_is_hinted_at() -> None:
+    with pytest.raises(ConfigError, match=r"a column whose name is no identifier is written row\['its name'\]$"):
+        RowTemplate("{{ odd name }}", [*COLUMNS, "odd name"])

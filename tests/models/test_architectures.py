@@ -242,7 +242,7 @@ def test_rope_types(rope: str, random_folder: Any, check: Callable[..., None]) -
 
 
 def test_every_rope_type_is_tested() -> None:
-    assert {name.split("-")[0] for name in ROPES} | {"default", "longrope", "proportional"} == set(ROPE_TYPES)
+    assert {name.split("-")[0] for name in ROPES} | {"default", "longrope"} == set(ROPE_TYPES)
 
 
 @pytest.fixture(scope="module")
