@@ -12,6 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import ConfigError
 
+UNEXPECTED_WORD = "expected token 'end of print statement', got"
+"""How Jinja says that a second word follows a name, as in {{ odd name }}."""
 ROW = "row"
 """A template's name for the whole row, for columns whose names are no identifiers; `_row` if a column has this name."""
 
