@@ -44,16 +44,18 @@ def load_decoder() -> Callable[..., Any]:
     from pipeline.models.architecture import load_config
     from pipeline.models.checkpoint import open_checkpoint
     from pipeline.models.loader import load_model
-    from pipeline.quant.format import format_of
-    from pipeline.quant.spec import QuantSettings, resolve_spec
+    from pipeline.quant.detect import resolve_spec
+    from pipeline.quant.format import format_of, needs_of
+    from pipeline.quant.spec import QuantSettings
 
     @cache
     def load(folder: Path, dtype: torch.dtype, quant: str = "none", kernel: str = "auto", **settings: Any) -> Any:
         checkpoint = open_checkpoint(str(folder))
         asked = QuantSettings(**{**QUANTS[quant], "kernel": kernel, **settings})
-        spec = resolve_spec(asked, checkpoint.config, str(folder))
+        spec = resolve_spec(asked, checkpoint.quantization, str(folder))
+        needs = needs_of(spec, spec.stored_modules(checkpoint.tensors), "cpu", None, dtype)
         config = load_config(str(folder), str(folder), False)
-        return load_model(checkpoint, config, format_of(spec, kernel, "cpu")[0], dtype, torch.device("cpu"))
+        return load_model(checkpoint, config, format_of(spec, kernel, needs)[0], dtype, torch.device("cpu"))
 
     return load
 

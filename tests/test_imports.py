@@ -32,6 +32,7 @@ NEEDS_TORCH = (
     "pipeline.models.runtime",
     "pipeline.quant.bnb*",
     "pipeline.quant.format",
+    "pipeline.quant.gptq",
     "pipeline.quant.linear",
 )
 """The modules that compute with tensors; all others answer before torch is imported."""

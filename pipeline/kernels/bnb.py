@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.kernels.linear8bit import Int8Weight
+from pipeline.kernels.need import Need
 from pipeline.kernels.packed4bit import NestedAbsmax, Packed4bit
 
 
@@ -42,10 +43,10 @@ def bitsandbytes() -> ModuleType:
             sys.modules["kernels"] = hidden
 
 
-def can_run(device_type: str) -> str | None:
+def can_run(need: Need) -> str | None:
     """Why bitsandbytes cannot run its weights on this kind of device, or None if it can."""
-    if device_type not in ("cpu", "cuda"):
-        return f"bitsandbytes kernels run on cpu and cuda, not on {device_type}"
+    if need.device_type not in ("cpu", "cuda"):
+        return f"bitsandbytes kernels run on cpu and cuda, not on {need.device_type}"
     return None
 
 

@@ -24,6 +24,21 @@ class Int8Weight:
     scales_N: Tensor
     threshold: float
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): outputs and inputs."""
+        return self.codes_NK.shape[0], self.codes_NK.shape[1]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes_NK.numel() + 4 * self.scales_N.numel()
+
+
+def dequantize_8bit(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, as it would be without the rounding of activations."""
+    return (weight.codes_NK * weight.scales_N[:, None] / 127).to(dtype)
+
 
 def linear_8bit_reference(x_MK: Tensor, weight: Int8Weight, bias_N: Tensor | None) -> Tensor:
     """x W^T + b, [M, N] in x's dtype."""

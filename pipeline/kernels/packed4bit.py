@@ -50,6 +50,14 @@ class Packed4bit:
     blocksize: int
     shape: tuple[int, int]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and block maxima."""
+        tensors = [self.packed, self.absmax]
+        if self.nested is not None:
+            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
 
 def dequantize_4bit_reference(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`: code value times block maximum in float32, rounded once."""

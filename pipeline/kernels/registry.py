@@ -2,55 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
-from pipeline.kernels.linear8bit import Int8Weight, linear_8bit_reference
+from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference
+from pipeline.kernels.need import Need
 from pipeline.kernels.packed4bit import Packed4bit, dequantize_4bit_reference
-
-Dequantize4bit = Callable[[Packed4bit, torch.dtype], Tensor]
-Linear8bit = Callable[[Tensor, Int8Weight, Tensor | None], Tensor]
-Run = TypeVar("Run")
+from pipeline.kernels.packed_bitblas import BitblasWeight, dequantize_bitblas_reference
+from pipeline.kernels.packed_gptq import GptqWeight, dequantize_gptq_reference
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel(Generic[Run]):
-    """One implementation of an operation; `can_run(device_type)` answers with the reason why not, or None."""
+class PackedWeight(Protocol):
+    """A quantized weight [N, K] in some format."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def stored_bytes(self) -> int: ...
+
+
+Weight = TypeVar("Weight", bound=PackedWeight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel(Generic[Weight]):
+    """One implementation for one weight format.
+
+    `can_run` answers with the reason why not, or None. `dequantize` gives the weight [N, K] in a dtype, for a
+    dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs.
+    """
 
     name: str
-    can_run: Callable[[str], str | None]
-    run: Run
+    can_run: Callable[[Need], str | None]
+    dequantize: Callable[[Weight, torch.dtype], Tensor]
+    linear: Callable[[Tensor, Weight, Tensor | None], Tensor] | None = None
 
 
-def _anywhere(device_type: str) -> str | None:
+def _anywhere(need: Need) -> str | None:
     return None
 
 
-DEQUANTIZE_4BIT: Mapping[str, Kernel[Dequantize4bit]] = {
-    "bitsandbytes": Kernel("bitsandbytes", bnb.can_run, bnb.dequantize_4bit),
-    "reference": Kernel("reference", _anywhere, dequantize_4bit_reference),
+BNB_4BIT: Mapping[str, Kernel[Packed4bit]] = {
+    "bitsandbytes": Kernel(name="bitsandbytes", can_run=bnb.can_run, dequantize=bnb.dequantize_4bit),
+    "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_4bit_reference),
 }
-LINEAR_8BIT: Mapping[str, Kernel[Linear8bit]] = {
-    "bitsandbytes": Kernel("bitsandbytes", bnb.can_run, bnb.linear_8bit),
-    "reference": Kernel("reference", _anywhere, linear_8bit_reference),
+BNB_8BIT: Mapping[str, Kernel[Int8Weight]] = {
+    "bitsandbytes": Kernel(
+        name="bitsandbytes", can_run=bnb.can_run, dequantize=dequantize_8bit, linear=bnb.linear_8bit
+    ),
+    "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_8bit, linear=linear_8bit_reference),
 }
-"""Of each operation the fastest first: `auto` takes the first that can run."""
+GPTQ: Mapping[str, Kernel[GptqWeight]] = {
+    "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_gptq_reference),
+}
+BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
+    "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_bitblas_reference),
+}
+"""Of each format the fastest first: `auto` takes the first that can run."""
 
 
-def choose(kernels: Mapping[str, Kernel[Run]], wanted: str, device_type: str) -> tuple[Kernel[Run], str]:
-    """The kernel and why it was chosen; raises ConfigError where the one asked for cannot run."""
-    reasons: dict[str, str | None] = {name: kernel.can_run(device_type) for name, kernel in kernels.items()}
+def choose(kernels: Mapping[str, Kernel[Weight]], wanted: str, needs: Sequence[Need]) -> tuple[Kernel[Weight], str]:
+    """The kernel that runs all of `needs`, and why it was chosen; ConfigError where the one asked for cannot run."""
     if wanted != "auto":
         if wanted not in kernels:
             raise ConfigError(f"quant.kernel={wanted} cannot run this format; choose one of {', '.join(kernels)}")
-        if reasons[wanted] is not None:
-            raise ConfigError(f"quant.kernel={wanted} cannot run here: {reasons[wanted]}; choose quant.kernel=auto")
+        reason = obstacle(kernels[wanted], needs)
+        if reason is not None:
+            raise ConfigError(f"quant.kernel={wanted} cannot run here: {reason}; choose quant.kernel=auto")
         return kernels[wanted], "asked for"
+    reasons = {name: obstacle(kernel, needs) for name, kernel in kernels.items()}
     name = next(name for name, reason in reasons.items() if reason is None)
-    return kernels[name], f"fastest that runs on {device_type}"
+    passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason is not None]
+    return kernels[name], "; ".join([f"fastest that runs on {needs[0].device_type}", *passed])
+
+
+def obstacle(kernel: Kernel[Weight], needs: Sequence[Need]) -> str | None:
+    """Why a kernel cannot run one of the needs, or None if it can run them all."""
+    return next((reason for reason in map(kernel.can_run, needs) if reason is not None), None)

@@ -18,7 +18,7 @@ SAMPLE_BYTES = 65536
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 HASHED_FILES = (
-    "config.json", "generation_config.json", "model.safetensors.index.json",
+    "config.json", "generation_config.json", "quantize_config.json", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -71,6 +71,12 @@ class Checkpoint:
         """What generation_config.json holds; empty without one."""
         file = self.folder / "generation_config.json"
         return _read_json(file) if file.is_file() else {}
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """What the checkpoint says of its quantization; config.json wins over quantize_config.json (older tools)."""
+        file = self.folder / "quantize_config.json"
+        return (_read_json(file) if file.is_file() else {}) | (self.config.get("quantization_config") or {})
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -71,23 +71,20 @@ def load_model(
 def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:
     """What to load in which order: biases before weights, since a quantized Linear is built from both."""
     wanted = set(model.state_dict()) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    by_module: dict[str, dict[str, TensorInfo]] = {}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = [] if quant is None else quant.spec.stored_modules(checkpoint.tensors)
+    leaf_of = {f"{module.path}.{leaf}": leaf for module in modules for leaf in module.leaves}
+    stored: dict[str, dict[str, TensorInfo]] = {}
     loads: list[Load] = []
     for info in checkpoint.tensors.values():
-        path, leaf = _split(_model_name(info.name, wanted, linears, model), linears)
-        if path in linears and quant is not None:
-            by_module.setdefault(path, {})[leaf] = info
-        elif f"{path}.{leaf}" in wanted:
+        name = _model_name(info.name, wanted, linears, model)
+        path, leaf = _split(name, linears)
+        if info.name in leaf_of and path in linears:
+            stored.setdefault(path, {})[leaf] = info
+        elif name in wanted:
             loads.append(Load(path, {leaf: info}))
-    for path, leaves in by_module.items():
-        assert quant is not None
-        stored = quant.stored_leaves(leaves)
-        if stored:
-            loads.append(Load(path, {leaf: leaves[leaf] for leaf in sorted(stored)}, stored=True))
-        loads += [Load(path, {leaf: info}) for leaf, info in leaves.items() if leaf not in stored]
-    wanted_loads = [load for load in loads if load.stored or f"{load.path}.{next(iter(load.tensors))}" in wanted]
-    return sorted(wanted_loads, key=lambda load: ("bias" not in load.tensors, load.path))
+    loads += [Load(path, leaves, stored=True) for path, leaves in stored.items()]
+    return sorted(loads, key=lambda load: ("bias" not in load.tensors, load.path))
 
 
 def _split(name: str, linears: set[str]) -> tuple[str, str]:

@@ -24,7 +24,6 @@ from pipeline.settings import ModelSettings
 if TYPE_CHECKING:
     import torch
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
 AUTO_SHARE = 0.85
 """Share of the memory free at the start that `model.memory=auto` takes."""
 CACHE_SHARE = 0.5
@@ -60,6 +59,13 @@ def resolve_device(settings: ModelSettings) -> torch.device:
             "use model.device=cpu or auto"
         )
     return device
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's compute capability (9, 0 for an H100); None for other devices."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def resolve_dtype(settings: ModelSettings, checkpoint: Checkpoint) -> torch.dtype:
@@ -113,6 +119,7 @@ class Placement:
     dtype: torch.dtype
     device_type: str
     budget: int
+    dense_product: bool = True
 
 
 def plan_shapes(
@@ -147,7 +154,9 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
 
     `kv_cache_budget` is what keys and values may take: what weights, one pass and dequantized weights leave.
     """
-    weights, dense = weight_bytes(place.checkpoint, place.spec, place.dtype, place.device_type)
+    weights, dense = weight_bytes(
+        place.checkpoint, place.spec, place.dtype, place.device_type, dense_product=place.dense_product
+    )
     tokens, logit_rows = largest_pass(engine, longest, place.device_type)
     passes = pass_bytes(place.geometry, tokens, logit_rows, place.dtype)
     rest = place.budget - weights - passes
@@ -175,22 +184,30 @@ def _cache_budget(settings: QuantSettings, dense: int, rest: int) -> int:
     return wanted
 
 
-def weight_bytes(checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
-    """Bytes of the weights once loaded, and those of the quantized Linears if they were dequantized."""
-    total = dense = 0
+def weight_bytes(
+    checkpoint: Checkpoint, spec: QuantSpec, dtype: torch.dtype, device_type: str, *, dense_product: bool = True
+) -> tuple[int, int]:
+    """Bytes of the weights once loaded, and those of the quantized Linears if they were dequantized.
+
+    Without a `dense_product` dequantized weights would not be used, and count nothing.
+    """
+    modules = spec.stored_modules(checkpoint.tensors)
+    stored = {f"{module.path}.{leaf}" for module in modules for leaf in module.leaves}
+    total = sum(module.num_bytes for module in modules)
+    dense = sum(math.prod(module.shape) for module in modules)
     for info in checkpoint.tensors.values():
         count = math.prod(info.shape)
         module = info.name.removesuffix(".weight")
         linear = len(info.shape) == 2 and not any(part in module for part in ("embed", "lm_head", "wte"))
-        if (spec.stored and info.dtype not in FLOAT_DTYPES) or ".weight." in info.name:
-            total += info.num_bytes
-            dense += count * 2 * dtype.itemsize if spec.bits == 4 and info.name.endswith(".weight") else 0
-        elif spec.quantized and not spec.stored and linear and not spec.skips(module):
+        if info.name in stored:
+            continue
+        if spec.quantized and not spec.stored and linear and not spec.skips(module):
             total += int(count * spec.bytes_per_weight)
-            dense += count * dtype.itemsize if spec.bits == 4 else 0
+            dense += count
         else:
             total += count * dtype.itemsize
-    return total + _head_copy_bytes(checkpoint, dtype, device_type), dense
+    dense_bytes = dense * dtype.itemsize if dense_product else 0
+    return total + _head_copy_bytes(checkpoint, dtype, device_type), dense_bytes
 
 
 def _head_copy_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device_type: str) -> int:

@@ -11,13 +11,15 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.memory import (
     MemoryPlan,
     Placement,
+    capability_of,
     memory_budget,
     plan_memory,
     plan_shapes,
     resolve_device,
     resolve_dtype,
 )
-from pipeline.quant.spec import QuantSpec, resolve_spec
+from pipeline.quant.detect import resolve_spec
+from pipeline.quant.spec import QuantSpec
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -100,19 +102,24 @@ def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Ma
 
     `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
     """
-    from pipeline.quant.format import format_of
+    from pipeline.quant.format import format_of, needs_of
 
-    spec = resolve_spec(config.quant, checkpoint.config, checkpoint.name)
+    spec = resolve_spec(config.quant, checkpoint.quantization, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
     device = resolve_device(config.model)
-    quant, reason = format_of(spec, config.quant.kernel, device.type)
+    dtype = resolve_dtype(config.model, checkpoint)
+    modules = spec.stored_modules(checkpoint.tensors)
+    quant, reason = format_of(
+        spec, config.quant.kernel, needs_of(spec, modules, device.type, capability_of(device), dtype)
+    )
     place = Placement(
         checkpoint=checkpoint,
         geometry=geometry_of(transformers_config),
         spec=spec,
-        dtype=resolve_dtype(config.model, checkpoint),
+        dtype=dtype,
         device_type=device.type,
         budget=memory_budget(config.model, device),
+        dense_product=quant is not None and quant.kernel.linear is None,
     )
     if stored_shapes is None:
         shapes, memory = plan_shapes(place, config.engine, config.quant, config.model.max_len)

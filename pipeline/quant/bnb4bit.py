@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,31 +12,22 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
 from pipeline.kernels.packed4bit import CODES, NestedAbsmax, Packed4bit
-from pipeline.kernels.registry import Dequantize4bit, Kernel
+from pipeline.kernels.registry import Kernel
+from pipeline.quant.bnb_spec import STATE, BnbSpec
 from pipeline.quant.linear import QuantLinear
-from pipeline.quant.spec import QuantSpec
-
-STATE = "weight.quant_state.bitsandbytes__"
-"""Begins the name of the tensor that holds a weight's other values as JSON bytes; the code's name follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bnb4bitFormat:
     """How bitsandbytes' 4-bit Linears come about: quantized in flight, or from a checkpoint it saved."""
 
-    spec: QuantSpec
-    kernel: Kernel[Dequantize4bit]
+    spec: BnbSpec
+    kernel: Kernel[Packed4bit]
 
     def quantize(self, weight_NK: Tensor, bias: Tensor | None) -> QuantLinear:
         """Quantize in flight, on the weight's device, from the weight in the model's dtype."""
         packed = bnb.quantize_4bit(weight_NK, self.spec.quant_type, self.spec.blocksize, self.spec.double_quant)
-        return Bnb4bitLinear(packed, bias, weight_NK.dtype, self.kernel)
-
-    def stored_leaves(self, leaves: Iterable[str]) -> set[str]:
-        """Which of a module's tensors make up a quantized weight; none if it is stored unquantized."""
-        return {leaf for leaf in leaves if leaf == "weight" or leaf.startswith("weight.")} - (
-            set() if any(leaf.startswith(STATE) for leaf in leaves) else {"weight"}
-        )
+        return QuantLinear(packed, bias, weight_NK.dtype, self.kernel)
 
     def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         """From a weight as bitsandbytes saves it (its QuantState.as_dict), by what follows the module's path.
@@ -45,30 +36,7 @@ class Bnb4bitFormat:
         "weight.nested_absmax" and "weight.nested_quant_map" the statistics; STATE + "nf4" or "fp4" has the
         rest as JSON. Raises ConfigError saying what is missing or does not fit.
         """
-        return Bnb4bitLinear(read_packed(tensors), bias, dtype, self.kernel)
-
-
-class Bnb4bitLinear(QuantLinear):
-    """A Linear in NF4 or FP4: 4 bits a weight plus one maximum a block."""
-
-    def __init__(
-        self, weight: Packed4bit, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel[Dequantize4bit]
-    ) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias, dtype)
-        self._kernel = kernel
-        self._weight = weight
-
-    def dequantize(self) -> Tensor:
-        """The weight [N, K] in the model's dtype."""
-        return self._kernel.run(self._weight, self.dtype)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of codes and block maxima."""
-        tensors = [self._weight.packed, self._weight.absmax]
-        if self._weight.nested is not None:
-            tensors += [self._weight.nested.absmax, self._weight.nested.code, self._weight.nested.offset]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return QuantLinear(read_packed(tensors), bias, dtype, self.kernel)
 
 
 def read_packed(tensors: Mapping[str, Tensor]) -> Packed4bit:

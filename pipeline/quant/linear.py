@@ -1,40 +1,42 @@
-"""The Linear whose weight is quantized: what every storage format shares."""
+"""The Linear whose weight is quantized, in whichever format."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.registry import Kernel, PackedWeight
 
-class QuantLinear(nn.Module, ABC):
+
+class QuantLinear(nn.Module):
     """y = x W^T + b with W [N, K] kept quantized; x is [..., K] in the model's dtype.
 
-    The weight is dequantized for each pass, or once with `cache_weight`; both give the same bits,
-    since the product is the same dense one. A format whose product is another one is not `cacheable`.
+    A kernel with a product of its own runs that. For the others the weight is dequantized for each pass, or
+    once with `cache_weight`; both give the same bits, since the product is the same dense one.
     """
 
-    cacheable = True
-
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel[Any]) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.out_features, self.in_features = weight.shape
         self.dtype = dtype
+        self.weight = weight
+        self.kernel = kernel
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
         self._cached: Tensor | None = None
 
-    @abstractmethod
-    def dequantize(self) -> Tensor:
-        """The weight [N, K] in the model's dtype."""
+    @property
+    def cacheable(self) -> bool:
+        """Whether a dequantized copy would be used."""
+        return self.kernel.linear is None
 
     @property
-    @abstractmethod
     def stored_bytes(self) -> int:
         """Bytes that the quantized weight and its statistics take."""
+        return self.weight.stored_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -46,11 +48,19 @@ class QuantLinear(nn.Module, ABC):
         """Bytes that the cached weight takes now."""
         return 0 if self._cached is None else self.dense_bytes
 
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] in the model's dtype."""
+        dense: Tensor = self.kernel.dequantize(self.weight, self.dtype)
+        return dense
+
     def cache_weight(self) -> None:
         """Keep the dequantized weight from now on."""
         self._cached = self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
+        if self.kernel.linear is not None:
+            out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+            return out.reshape(*x.shape[:-1], self.out_features)
         weight_NK = self.dequantize() if self._cached is None else self._cached
         return F.linear(x, weight_NK, self.bias)

@@ -16,8 +16,9 @@ from pipeline.engine.plan import EngineSettings, plan_engine
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.loader import load_model
-from pipeline.quant.format import format_of
-from pipeline.quant.spec import QuantSettings, resolve_spec
+from pipeline.quant.detect import resolve_spec
+from pipeline.quant.format import format_of, needs_of
+from pipeline.quant.spec import QuantSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,9 @@ def requests() -> list[Request]:
 def engine(folder: Path, dtype: torch.dtype, method: str, **settings: int) -> Engine:
     checkpoint = open_checkpoint(str(folder))
     config = load_config(str(folder), str(folder), trust_remote_code=False)
-    quant, _ = format_of(resolve_spec(QuantSettings(method=method), checkpoint.config, str(folder)), "auto", "cuda")
+    spec = resolve_spec(QuantSettings(method=method), checkpoint.quantization, str(folder))
+    needs = needs_of(spec, [], "cuda", torch.cuda.get_device_capability(), dtype)
+    quant, _ = format_of(spec, "auto", needs)
     model = load_model(checkpoint, config, quant, dtype, CUDA)
     geometry = geometry_of(config)
     plan = plan_engine(

@@ -9,13 +9,14 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
 from pipeline.kernels.linear8bit import Int8Weight
-from pipeline.kernels.registry import LINEAR_8BIT, choose
+from pipeline.kernels.need import Need
+from pipeline.kernels.registry import BNB_8BIT, choose
 
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
 ROUNDING = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """A step of the dtype; in float32 bitsandbytes' own constant for 1 / 127**2 on CPU, which is off by 1.8e-5."""
 SHAPES = [(16, 64, 64), (32, 96, 48), (1, 64, 16), (64, 704, 256), (17, 33, 7)]
-kernels = pytest.mark.parametrize("kernel", LINEAR_8BIT)
+kernels = pytest.mark.parametrize("kernel", BNB_8BIT)
 
 
 def numbers(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ def test_a_product(
     x_MK, weight_NK, bias_N = numbers(*shape, dtype)
     weight = bnb.quantize_8bit(weight_NK, threshold)
     bias = bias_N if with_bias else None
-    out = LINEAR_8BIT[kernel].run(x_MK, weight, bias)
+    out = BNB_8BIT[kernel].linear(x_MK, weight, bias)
     expected, size = defined(x_MK, weight, bias)
     assert out.dtype == dtype
     assert out.shape == expected.shape
@@ -82,7 +83,7 @@ def test_a_row_of_zeros_gives_the_bias(kernel: str, dtype: torch.dtype) -> None:
     x_MK, weight_NK, bias_N = numbers(16, 64, 32, dtype)
     x_MK[3] = 0
     for threshold in (0.0, 6.0):
-        out = LINEAR_8BIT[kernel].run(x_MK, bnb.quantize_8bit(weight_NK, threshold), bias_N)
+        out = BNB_8BIT[kernel].linear(x_MK, bnb.quantize_8bit(weight_NK, threshold), bias_N)
         assert torch.equal(out[3], bias_N)
 
 
@@ -91,7 +92,7 @@ def test_a_row_of_zeros_gives_the_bias(kernel: str, dtype: torch.dtype) -> None:
 def test_a_rows_bits_do_not_depend_on_the_others_without_a_threshold(kernel: str, dtype: torch.dtype) -> None:
     x_MK, weight_NK, bias_N = numbers(64, 704, 256, dtype)
     weight = bnb.quantize_8bit(weight_NK, 0.0)
-    run = LINEAR_8BIT[kernel].run
+    run = BNB_8BIT[kernel].linear
     whole = run(x_MK, weight, bias_N)
     for rows in (1, 16, 33):
         assert torch.equal(run(x_MK[:rows].contiguous(), weight, bias_N), whole[:rows])
@@ -106,7 +107,7 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(kernel: str, dtype: torch.d
     """Codes of 8 bits have no nan: it must not turn into a number."""
     x_MK, weight_NK, bias_N = numbers(16, 64, 32, dtype)
     weight = bnb.quantize_8bit(weight_NK, 0.0)
-    run = LINEAR_8BIT[kernel].run
+    run = BNB_8BIT[kernel].linear
     good = run(x_MK, weight, bias_N)
     x_MK[5, 7] = broken
     out = run(x_MK, weight, bias_N)
@@ -116,7 +117,7 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(kernel: str, dtype: torch.d
 
 
 def test_the_kernel_that_is_chosen() -> None:
-    assert choose(LINEAR_8BIT, "auto", "cpu")[0].name == "bitsandbytes"
-    assert choose(LINEAR_8BIT, "auto", "mps")[0].name == "reference"
+    assert choose(BNB_8BIT, "auto", [Need(device_type="cpu")])[0].name == "bitsandbytes"
+    assert choose(BNB_8BIT, "auto", [Need(device_type="mps")])[0].name == "reference"
     with pytest.raises(ConfigError, match=r"quant\.kernel=bitsandbytes"):
-        choose(LINEAR_8BIT, "bitsandbytes", "mps")
+        choose(BNB_8BIT, "bitsandbytes", [Need(device_type="mps")])

@@ -14,8 +14,9 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
+from pipeline.kernels.need import Need
 from pipeline.kernels.packed4bit import dequantize_4bit_reference
-from pipeline.kernels.registry import DEQUANTIZE_4BIT, choose
+from pipeline.kernels.registry import BNB_4BIT, choose
 
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
 SHAPES = [(64, 64), (1, 64), (112, 64), (256, 704), (64, 4096)]
@@ -57,8 +58,8 @@ def test_both_kernels_dequantize_to_the_bits_of_the_format(
         assert torch.equal(functional.dequantize_4bit(packed, state), expected)
     ours = bnb.quantize_4bit(weight, quant_type, 64, double_quant)
     assert torch.equal(ours.packed, packed.reshape(-1))
-    for name, kernel in DEQUANTIZE_4BIT.items():
-        out = kernel.run(ours, dtype)
+    for name, kernel in BNB_4BIT.items():
+        out = kernel.dequantize(ours, dtype)
         assert out.dtype == dtype
         assert out.shape == shape
         assert torch.equal(out, expected), name
@@ -80,13 +81,13 @@ def test_a_block_of_zeros_stays_zero() -> None:
      ("reference", "cpu", "reference"), ("bitsandbytes", "cuda", "bitsandbytes")],
 )  # fmt: skip
 def test_the_kernel_that_is_chosen(wanted: str, device: str, chosen: str) -> None:
-    assert choose(DEQUANTIZE_4BIT, wanted, device)[0].name == chosen
+    assert choose(BNB_4BIT, wanted, [Need(device_type=device)])[0].name == chosen
 
 
 @pytest.mark.parametrize(("wanted", "device"), [("bitsandbytes", "mps"), ("marlin", "cpu")])
 def test_a_kernel_that_cannot_run_is_refused(wanted: str, device: str) -> None:
     with pytest.raises(ConfigError, match=f"quant.kernel={wanted}"):
-        choose(DEQUANTIZE_4BIT, wanted, device)
+        choose(BNB_4BIT, wanted, [Need(device_type=device)])
 
 
 # --- importing bitsandbytes -------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from pipeline.core import Request, SamplingParams
 from pipeline.errors import ConfigError
 from pipeline.kernels.bnb import bitsandbytes
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.quant.spec import QuantSettings, QuantSpec, resolve_spec
+from pipeline.quant.bnb_spec import BnbSpec
+from pipeline.quant.detect import resolve_spec
+from pipeline.quant.spec import QuantSettings
 
 WEIGHTS = "model.safetensors"
 FOUR_BIT = ("nf4", "nf4-single", "fp4", "fp4-single")
@@ -115,13 +117,11 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 @pytest.mark.parametrize(("quant", "storage"), SAVED)
 def test_recognised_from_its_config(quant: str, storage: str, saved: Save) -> None:
     folder = saved(quant, storage)
-    stored = open_checkpoint(str(folder)).config
+    stored = open_checkpoint(str(folder)).quantization
     spec = resolve_spec(QuantSettings(), stored, str(folder))
     if quant in EIGHT_BIT:
         threshold = QUANTS[quant]["int8_threshold"]
-        assert spec == QuantSpec(
-            method="bnb", bits=8, int8_threshold=threshold, stored=True, skip_modules=spec.skip_modules
-        )
+        assert spec == BnbSpec(bits=8, int8_threshold=threshold, stored=True, skip_modules=spec.skip_modules)
         assert spec.batch_invariant is (threshold == 0)
     else:
         double, kind = QUANTS[quant]["double_quant"], quant.split("-")[0]
@@ -304,7 +304,7 @@ def test_a_threshold_that_is_reached_makes_a_row_depend_on_its_neighbours(
 def test_what_contradicts_the_checkpoint_is_refused_with_what_would_work(
     quant: str, fitting: str, asked: str, saved: Save
 ) -> None:
-    config = open_checkpoint(str(saved(quant))).config
+    config = open_checkpoint(str(saved(quant))).quantization
     if asked == fitting:
         assert resolve_spec(QuantSettings(method=asked), config, "there").stored
         return
@@ -315,7 +315,7 @@ def test_what_contradicts_the_checkpoint_is_refused_with_what_would_work(
 
 
 def test_the_threshold_asked_for_goes_before_the_stored_one(saved: Save) -> None:
-    config = open_checkpoint(str(saved("int8"))).config
+    config = open_checkpoint(str(saved("int8"))).quantization
     plain = QuantSettings(method="bnb-int8", int8_threshold=0.0)
     assert resolve_spec(plain, config, "there").int8_threshold == 0.0
     assert resolve_spec(QuantSettings(), config, "there").int8_threshold == 6.0

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from pipeline.core import Request
 from pipeline.errors import ConfigError
 from pipeline.kernels.bnb import bitsandbytes
+from pipeline.quant.bnb_spec import BnbSpec
+from pipeline.quant.detect import resolve_spec
 from pipeline.quant.linear import QuantLinear
-from pipeline.quant.spec import QuantSettings, QuantSpec, resolve_spec
+from pipeline.quant.spec import QuantSettings
 
 QUANTS = {"nf4": True, "nf4-single": False}
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16)]
@@ -166,7 +168,7 @@ def test_quantized_weights_are_small_and_counted_right(
     assert dense == 2 * sum(m.in_features * m.out_features for m in linears)
     assert stored <= 0.35 * dense
     double = QUANTS[quant]
-    spec = QuantSpec(method="bnb", bits=4, quant_type="nf4", blocksize=64, double_quant=double)
+    spec = BnbSpec(bits=4, quant_type="nf4", blocksize=64, double_quant=double)
     assert stored == pytest.approx(dense / 2 * spec.bytes_per_weight, rel=0.03)
     total = decoder.weight_bytes()
     assert stored < total
@@ -217,7 +219,7 @@ def test_a_quantized_linear_is_its_dequantized_product(
 
 @pytest.mark.parametrize("method", ["auto", "none", "bnb"])
 def test_a_checkpoint_of_an_unknown_method_is_refused(method: str) -> None:
-    stored = {"quantization_config": {"quant_method": "hqq"}}
+    stored = {"quant_method": "hqq"}
     with pytest.raises(ConfigError, match=r"model.path=there is quantized with hqq, which is not supported"):
         resolve_spec(QuantSettings(method=method), stored, "there")
 

@@ -1,0 +1,134 @@
+"""GPTQ checkpoints as their configuration tells of them and their tensors' headers show them. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader
+
+BITS = (2, 3, 4, 8)
+REQUIRED = {"qweight": "I32", "qzeros": "I32", "scales": None}
+OPTIONAL = ("g_idx",)
+TABLE = (
+    "supported are bits 2, 3, 4 and 8, group_size -1 or a divisor of the inputs, sym true or false, desc_act true or "
+    "false, checkpoint_format gptq or gptq_v2, pack_dtype int32"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqSpec(QuantSpec):
+    """A checkpoint in GPTQ's format; `group_size` -1 is one group over all inputs.
+
+    `zeros_offset` is what has to be added to the stored zero points: 1 in format v1, 0 in v2. `overrides` are
+    the modules' own bits and group sizes by pattern (`dynamic`). `repack` asks for BitBLAS' layout at load.
+    """
+
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    zeros_offset: int
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    repack: bool = False
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Codes, and a zero point and a float16 scale for each group."""
+        return self.bits / 8 + (0 if self.group_size == -1 else 3 / self.group_size)
+
+    def describe(self) -> str:
+        """For the log."""
+        group = "" if self.group_size == -1 else f" in groups of {self.group_size}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        order = ", act-order" if self.act_order else ""
+        layout = ", repacked for BitBLAS" if self.repack else ""
+        return f"GPTQ {self.bits} bits{group} ({kind}{order}), from the checkpoint{layout}"
+
+    def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
+        """Every module that has a qweight, checked against the configuration."""
+        paths = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        return [self._module(path, tensors) for path in paths]
+
+    def bits_of(self, path: str) -> int:
+        """The bits that the configuration gives a module."""
+        return int(self._override(path).get("bits", self.bits))
+
+    def _override(self, path: str) -> Mapping[str, Any]:
+        """The first pattern that matches counts; "-:" before it marks modules that stay unquantized."""
+        for pattern, values in self.overrides.items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), path):
+                return values
+        return {}
+
+    def _module(self, path: str, tensors: Mapping[str, TensorHeader]) -> StoredModule:
+        found = {leaf: tensors.get(f"{path}.{leaf}") for leaf in (*REQUIRED, *OPTIONAL)}
+        for leaf, dtype in REQUIRED.items():
+            header = found[leaf]
+            if header is None:
+                raise ConfigError(
+                    f"{tensors[f'{path}.qweight'].file}: {path}.{leaf} is missing beside {path}.qweight; "
+                    "fetch the checkpoint again"
+                )
+            if len(header.shape) != 2 or (dtype and header.dtype != dtype):
+                raise ConfigError(
+                    f"{header.file}: {path}.{leaf} is {header.dtype} {list(header.shape)}, not a matrix of "
+                    f"{dtype or 'floats'}; {TABLE}"
+                )
+        return self._checked(path, {leaf: header for leaf, header in found.items() if header is not None})
+
+    def _checked(self, path: str, found: Mapping[str, TensorHeader]) -> StoredModule:
+        """Bits and group size follow from the shapes; what the configuration says must agree."""
+        words, outputs = found["qweight"].shape
+        groups = found["scales"].shape[0]
+        bits = self.bits_of(path)
+        inputs = words * 32 // bits
+        expected = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs), "g_idx": (inputs,)}
+        for leaf, shape in expected.items():
+            if leaf in found and found[leaf].shape != shape:
+                raise ConfigError(
+                    f"{found[leaf].file}: {path}.{leaf} has shape {list(found[leaf].shape)}, but with {bits} bits and "
+                    f"qweight {[words, outputs]} it has to be {list(shape)}; its configuration may name wrong bits"
+                )
+        return StoredModule(
+            path=path,
+            leaves=tuple(found),
+            bits=bits,
+            group_size=-(-inputs // groups),
+            shape=(outputs, inputs),
+            num_bytes=words * outputs * 4 + groups * outputs * 3 + inputs * 4,
+        )
+
+
+def gptq_stored(settings: QuantSettings, stored: Mapping[str, Any], path: str) -> GptqSpec:
+    """What a GPTQ checkpoint says of itself; ConfigError on what is not supported or contradicts the settings."""
+    layout = str(stored.get("checkpoint_format") or stored.get("format") or "gptq")
+    bits, group_size = stored.get("bits"), stored.get("group_size", -1)
+    packed = str(stored.get("pack_dtype") or "int32").removeprefix("torch.")
+    if bits not in BITS or not _is_group(group_size) or layout not in ("gptq", "gptq_v2") or packed != "int32":
+        raise ConfigError(
+            f"model.path={path} is GPTQ with bits {bits}, group_size {group_size}, checkpoint_format {layout}, "
+            f"pack_dtype {packed}; {TABLE}"
+        )
+    spec = GptqSpec(
+        bits=bits,
+        group_size=group_size,
+        symmetric=bool(stored.get("sym", True)),
+        act_order=bool(stored.get("desc_act", False)),
+        zeros_offset=1 if layout == "gptq" else 0,
+        overrides=stored.get("dynamic") or {},
+        repack=settings.method == "bitblas",
+        stored=True,
+    )
+    if settings.method not in ("auto", "gptq", "bitblas"):
+        raise ConfigError(
+            f"quant={settings.method} contradicts the checkpoint: model.path={path} is already {spec.describe()}; "
+            "use quant=auto, quant=gptq or quant=bitblas"
+        )
+    return spec
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
