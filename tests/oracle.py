@@ -65,6 +65,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"sliding_window": None}),
 }
 """Each checkpoint's architecture, and what its config has in place of SMALL's values."""
 QUANTS: dict[str, dict[str, Any]] = {

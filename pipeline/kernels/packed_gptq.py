@@ -17,9 +17,10 @@ WORD_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class GptqWeight:
-    """`words_WN` int32 [K * bits / 32, N]; true `zeros_GN` uint8 and floating `scales_GN` [G, N], G groups.
+    """`words_WN` int32 [W, N]; true `zeros_GN` uint8 and floating `scales_GN` [G, N], G groups of inputs.
 
-    `group_K` int32 is the group of each input; without `act_order` it is k // group_size.
+    W is K * bits / 32, rounded up to whole words or to whole blocks of 32 codes. `group_K` int32 is the group of
+    each input; without `act_order` it is k // group_size.
     """
 
     words_WN: Tensor
@@ -56,7 +57,7 @@ def unpack_words(words_WN: Tensor, bits: int) -> Tensor:
 
 def dequantize_gptq_reference(weight: GptqWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`: scale times (code - zero) in float32, rounded once."""
-    codes_KN = unpack_words(weight.words_WN, weight.bits)
+    codes_KN = unpack_words(weight.words_WN, weight.bits)[: weight.shape[1]]
     group_K = weight.group_K.long()
     values_KN = (codes_KN - weight.zeros_GN[group_K].to(torch.int32)).float() * weight.scales_GN[group_K].float()
     return values_KN.to(dtype).T.contiguous()

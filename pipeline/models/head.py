@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.quant.linear import QuantLinear
+
 
 class Float32Head(nn.Module):
     """y = x W^T + b with y in float32; x [..., K] and W [N, K] in the model's dtype."""
@@ -26,9 +28,30 @@ class Float32Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to float32 [..., N]."""
-        if self.weight.dtype == torch.float32:
-            return F.linear(x.float(), self.weight, self.bias)
-        flat = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t(), out_dtype=torch.float32)
-        if self.bias is not None:
-            flat = flat + self.bias
-        return flat.reshape(*x.shape[:-1], -1)
+        return product_in_float32(x, self.weight, self.bias)
+
+
+class Float32QuantHead(nn.Module):
+    """The same for a quantized head, which is dequantized to the model's dtype for each pass unless it is cached."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to float32 [..., N]."""
+        if self.linear.kernel.linear is not None:
+            out: Tensor = self.linear(x)
+            return out.float()
+        bias = self.linear.bias
+        return product_in_float32(x, self.linear.dense_weight(), None if bias is None else bias.float())
+
+
+def product_in_float32(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b, not rounded to the dtype of x [..., K]; W may be float32 already."""
+    if weight_NK.dtype == torch.float32 or not weight_NK.is_cuda:
+        return F.linear(x.float(), weight_NK.float(), bias_N)
+    flat = torch.mm(x.reshape(-1, x.shape[-1]), weight_NK.t(), out_dtype=torch.float32)
+    if bias_N is not None:
+        flat = flat + bias_N
+    return flat.reshape(*x.shape[:-1], -1)

@@ -13,10 +13,11 @@ from pipeline.errors import ConfigError
 from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
-from pipeline.models.head import Float32Head
+from pipeline.models.head import Float32Head, Float32QuantHead
 from pipeline.models.rope import install_row_rope
 from pipeline.quant.format import StorageFormat
-from pipeline.quant.spec import QuantSpec
+from pipeline.quant.linear import QuantLinear
+from pipeline.quant.spec import QuantSpec, StoredModule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +35,7 @@ class Load:
 
     path: str
     tensors: Mapping[str, TensorInfo]
-    stored: bool = False
+    stored: StoredModule | None = None
 
 
 Progress = Callable[[Sequence[Load]], Iterable[Load]]
@@ -73,17 +74,17 @@ def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | 
     wanted = set(model.state_dict()) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     modules = [] if quant is None else quant.spec.stored_modules(checkpoint.tensors)
-    leaf_of = {f"{module.path}.{leaf}": leaf for module in modules for leaf in module.leaves}
+    module_of = {f"{module.path}.{leaf}": module for module in modules for leaf in module.leaves}
     stored: dict[str, dict[str, TensorInfo]] = {}
     loads: list[Load] = []
     for info in checkpoint.tensors.values():
         name = _model_name(info.name, wanted, linears, model)
         path, leaf = _split(name, linears)
-        if info.name in leaf_of and path in linears:
+        if info.name in module_of and path in linears:
             stored.setdefault(path, {})[leaf] = info
         elif name in wanted:
             loads.append(Load(path, {leaf: info}))
-    loads += [Load(path, leaves, stored=True) for path, leaves in stored.items()]
+    loads += [Load(path, leaves, module_of[next(iter(leaves.values())).name]) for path, leaves in stored.items()]
     return sorted(loads, key=lambda load: ("bias" not in load.tensors, load.path))
 
 
@@ -109,7 +110,7 @@ def _model_name(name: str, wanted: set[str], linears: set[str], model: nn.Module
 
 def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch.dtype, device: torch.device) -> None:
     """Read a load's tensors and put them where they belong."""
-    if not load.stored:
+    if load.stored is None:
         leaf, info = next(iter(load.tensors.items()))
         _refuse_codes(model, load.path, leaf, info)
         _place(model, load.path, leaf, _read(info).to(device=device, dtype=dtype), info, quant)
@@ -119,7 +120,7 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     bias = getattr(model.get_submodule(load.path), "bias", None)
     info = load.tensors["weight"] if "weight" in load.tensors else next(iter(load.tensors.values()))
     try:
-        linear = quant.restore(tensors, None if bias is None else bias.data, dtype)
+        linear = quant.restore(load.stored, tensors, None if bias is None else bias.data, dtype)
     except ConfigError as error:
         raise ConfigError(f"{info.file}: {load.path}: {error}; fetch the checkpoint again") from error
     expected = model.get_submodule(load.path)
@@ -208,5 +209,7 @@ def _widen_head(model: nn.Module) -> None:
     """Logits in float32 whatever the model's dtype."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is head)
-    if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+    if isinstance(head, QuantLinear):
+        model.set_submodule(path, Float32QuantHead(head))
+    elif type(head) is nn.Linear and head.weight.dtype != torch.float32:
         model.set_submodule(path, Float32Head(head))

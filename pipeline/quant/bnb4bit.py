@@ -15,6 +15,7 @@ from pipeline.kernels.packed4bit import CODES, NestedAbsmax, Packed4bit
 from pipeline.kernels.registry import Kernel
 from pipeline.quant.bnb_spec import STATE, BnbSpec
 from pipeline.quant.linear import QuantLinear
+from pipeline.quant.spec import StoredModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ class Bnb4bitFormat:
         packed = bnb.quantize_4bit(weight_NK, self.spec.quant_type, self.spec.blocksize, self.spec.double_quant)
         return QuantLinear(packed, bias, weight_NK.dtype, self.kernel)
 
-    def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+    def restore(
+        self, module: StoredModule, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantLinear:
         """From a weight as bitsandbytes saves it (its QuantState.as_dict), by what follows the module's path.
 
         "weight" are the packed codes in any storage dtype; "weight.absmax", "weight.quant_map" and, nested,

@@ -14,6 +14,7 @@ from pipeline.kernels.linear8bit import Int8Weight
 from pipeline.kernels.registry import Kernel
 from pipeline.quant.bnb_spec import BnbSpec
 from pipeline.quant.linear import QuantLinear
+from pipeline.quant.spec import StoredModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,9 @@ class Bnb8bitFormat:
         weight = bnb.quantize_8bit(weight_NK, self.spec.int8_threshold)
         return QuantLinear(weight, bias, weight_NK.dtype, self.kernel)
 
-    def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+    def restore(
+        self, module: StoredModule, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantLinear:
         """From a weight as bitsandbytes saves it: "weight" int8 [N, K] row by row, "SCB" its scales [N].
 
         Raises ConfigError on another layout.

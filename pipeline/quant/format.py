@@ -33,8 +33,10 @@ class StorageFormat(Protocol):
         """Quantize an unquantized weight in flight, on its device."""
         ...
 
-    def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-        """Build the Linear from stored tensors; raises ConfigError saying what does not fit."""
+    def restore(
+        self, module: StoredModule, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantLinear:
+        """Build the Linear from a stored module's tensors, by leaf; raises ConfigError saying what does not fit."""
         ...
 
 

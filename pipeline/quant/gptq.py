@@ -13,6 +13,7 @@ from pipeline.kernels.packed_gptq import WORD_BITS, GptqWeight, unpack_words
 from pipeline.kernels.registry import Kernel
 from pipeline.quant.gptq_spec import GptqSpec
 from pipeline.quant.linear import QuantLinear
+from pipeline.quant.spec import StoredModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,35 +27,39 @@ class GptqFormat:
         """Never asked for: a GPTQ checkpoint's weights were quantized with calibration data."""
         raise AssertionError("GPTQ weights are not made in flight")
 
-    def restore(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-        """From "qweight", "qzeros", "scales" and, with act-order, "g_idx"; ConfigError on what does not fit."""
-        return QuantLinear(read_gptq(tensors, self.spec), bias, dtype, self.kernel)
+    def restore(
+        self, module: StoredModule, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantLinear:
+        """From "qweight", "qzeros", "scales" and, mostly with act-order, "g_idx"; ConfigError on what does not fit."""
+        return QuantLinear(read_gptq(module, tensors, self.spec.zeros_offset), bias, dtype, self.kernel)
 
 
-def read_gptq(tensors: Mapping[str, Tensor], spec: GptqSpec) -> GptqWeight:
+def read_gptq(module: StoredModule, tensors: Mapping[str, Tensor], zeros_offset: int) -> GptqWeight:
     """The weight in a module's tensors, whose shapes `GptqSpec.stored_modules` has checked.
 
     Zero points come out true, whichever format version stored them. Raises ConfigError for a group index
     out of range.
     """
-    words_WN, scales_GN = tensors["qweight"], tensors["scales"]
-    groups, outputs = scales_GN.shape
-    bits = tensors["qzeros"].shape[1] * WORD_BITS // outputs
-    inputs = words_WN.shape[0] * WORD_BITS // bits
-    group_size = -(-inputs // groups)
-    in_order_K = torch.arange(inputs, dtype=torch.int32, device=words_WN.device) // group_size
+    outputs, inputs = module.shape
+    words_WN, scales_GN = tensors["qweight"].contiguous(), tensors["scales"].contiguous()
+    in_order_K = torch.arange(inputs, dtype=torch.int32, device=words_WN.device) // module.group_size
     group_K = tensors.get("g_idx", in_order_K).to(torch.int32)
-    if int(group_K.min()) < 0 or int(group_K.max()) >= groups:
-        raise ConfigError(f"its g_idx names group {int(group_K.max())}, but there are {groups}")
+    _check_groups(group_K, scales_GN.shape[0])
     return GptqWeight(
-        words_WN=words_WN.contiguous(),
-        zeros_GN=true_zeros(tensors["qzeros"], bits, spec.zeros_offset),
-        scales_GN=scales_GN.contiguous(),
+        words_WN=words_WN,
+        zeros_GN=true_zeros(tensors["qzeros"], module.bits, zeros_offset)[:, :outputs].contiguous(),
+        scales_GN=scales_GN,
         group_K=group_K,
-        bits=bits,
-        group_size=group_size,
+        bits=module.bits,
+        group_size=module.group_size,
         act_order=not torch.equal(group_K, in_order_K),
     )
+
+
+def _check_groups(group_K: Tensor, groups: int) -> None:
+    wrong_K = group_K[(group_K < 0) | (group_K >= groups)]
+    if wrong_K.numel():
+        raise ConfigError(f"its g_idx names group {int(wrong_K[0])}, but the groups are 0 to {groups - 1}")
 
 
 def true_zeros(qzeros_GW: Tensor, bits: int, offset: int) -> Tensor:
@@ -66,6 +71,6 @@ def true_zeros(qzeros_GW: Tensor, bits: int, offset: int) -> Tensor:
     """
     words_WG = qzeros_GW.T.to(torch.int64)
     if bits == 3:
-        return ((unpack_words(words_WG, bits) + offset) & 7).T.to(torch.uint8).contiguous()
+        return ((unpack_words(words_WG, bits) + offset) & 7).T.to(torch.uint8)
     ones = sum(1 << start for start in range(0, WORD_BITS, bits))
-    return unpack_words(words_WG + offset * ones, bits).T.to(torch.uint8).contiguous()
+    return unpack_words(words_WG + offset * ones, bits).T.to(torch.uint8)

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader
 
 BITS = (2, 3, 4, 8)
+WORD_BITS = 32
 REQUIRED = {"qweight": "I32", "qzeros": "I32", "scales": None}
 OPTIONAL = ("g_idx",)
 TABLE = (
@@ -80,26 +81,37 @@ class GptqSpec(QuantSpec):
         return self._checked(path, {leaf: header for leaf, header in found.items() if header is not None})
 
     def _checked(self, path: str, found: Mapping[str, TensorHeader]) -> StoredModule:
-        """Bits and group size follow from the shapes; what the configuration says must agree."""
+        """Bits, inputs and groups follow from the shapes; they and the configuration must agree."""
         words, outputs = found["qweight"].shape
         groups = found["scales"].shape[0]
         bits = self.bits_of(path)
-        inputs = words * 32 // bits
-        expected = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs), "g_idx": (inputs,)}
-        for leaf, shape in expected.items():
-            if leaf in found and found[leaf].shape != shape:
+        inputs = found["g_idx"].shape[0] if "g_idx" in found else words * WORD_BITS // bits
+        expected: dict[str, set[tuple[int, ...]]] = {
+            "qweight": {(n, outputs) for n in words_for(inputs, bits)},
+            "qzeros": {(groups, n) for n in words_for(outputs, bits)},
+            "scales": {(groups, outputs)},
+            "g_idx": {(inputs,)},
+        }
+        for leaf, header in found.items():
+            if header.shape not in expected[leaf]:
                 raise ConfigError(
-                    f"{found[leaf].file}: {path}.{leaf} has shape {list(found[leaf].shape)}, but with {bits} bits and "
-                    f"qweight {[words, outputs]} it has to be {list(shape)}; its configuration may name wrong bits"
+                    f"{header.file}: {path}.{leaf} has shape {list(header.shape)}, but for {bits} bits, "
+                    f"{inputs} inputs, {outputs} outputs and {groups} groups it has to be {list(min(expected[leaf]))}; "
+                    "the configuration names other bits than the tensors have, or the file is damaged"
                 )
         return StoredModule(
             path=path,
             leaves=tuple(found),
             bits=bits,
-            group_size=-(-inputs // groups),
+            group_size=-(-inputs // max(1, groups)),
             shape=(outputs, inputs),
-            num_bytes=words * outputs * 4 + groups * outputs * 3 + inputs * 4,
+            num_bytes=words * outputs * 4 + groups * outputs + found["scales"].num_bytes + inputs * 4,
         )
+
+
+def words_for(fields: int, bits: int) -> set[int]:
+    """How many 32-bit words hold so many fields: packed to the last, or padded to whole blocks of 32 fields."""
+    return {-(-fields * bits // WORD_BITS), -(-fields // WORD_BITS) * bits}
 
 
 def gptq_stored(settings: QuantSettings, stored: Mapping[str, Any], path: str) -> GptqSpec:

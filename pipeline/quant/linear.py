@@ -57,10 +57,13 @@ class QuantLinear(nn.Module):
         """Keep the dequantized weight from now on."""
         self._cached = self.dequantize()
 
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] in the model's dtype, cached or dequantized now."""
+        return self.dequantize() if self._cached is None else self._cached
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         if self.kernel.linear is not None:
             out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
             return out.reshape(*x.shape[:-1], self.out_features)
-        weight_NK = self.dequantize() if self._cached is None else self._cached
-        return F.linear(x, weight_NK, self.bias)
+        return F.linear(x, self.dense_weight(), self.bias)
