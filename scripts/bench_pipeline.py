@@ -42,7 +42,7 @@ WORDS = re.findall(
 )
 PLAN = EnginePlan(
     length_classes=(LengthClass(slots=512, max_len=1024),), prefill_tokens=(1024,), logit_rows=(256,),
-    shared_tokens=1024, shared_logit_rows=256, vocab=2048, ladder=True, kv_bytes=0,
+    vocab=2048, kv_bytes=0,
 )  # fmt: skip
 ANSWER_TOKENS = 8
 

@@ -139,12 +139,12 @@ class Engine:
             outputs += self._refill(length_class, batch)
         if batch.seats:
             started = time.perf_counter()
-            steps, slots = batch.decode(self._model, self._steps_per_poll)
+            steps = batch.decode(self._model, self._steps_per_poll)
             reports = self._report(batch)
             accepted = sum(len(o.new_token_ids) for o in reports)
             self.counters.decode_steps += steps
             self.counters.completion_tokens += accepted
-            self.counters.padded_tokens += steps * slots - accepted
+            self.counters.padded_tokens += steps * batch.slots - accepted
             self.counters.decode_s += time.perf_counter() - started
             outputs += reports
         return outputs

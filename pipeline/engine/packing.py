@@ -50,7 +50,7 @@ def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
         request = waiting[0][0]
         tokens += pass_tokens(request)
         rows += logit_rows(request)
-        if taken and (tokens > plan.shared_tokens or rows > plan.shared_logit_rows):
+        if taken and (tokens > plan.prefill_tokens[0] or rows > plan.logit_rows[0]):
             break
         taken.append(waiting.popleft())
     return taken

@@ -10,12 +10,12 @@ from pipeline.errors import ConfigError
 
 ROW_MULTIPLE = 16
 """Rows of every matrix product are a multiple of this: with fewer than 8 rows, or a remainder of one
-row, BLAS libraries switch kernels and the bits of a row would depend on its neighbours."""
+row, BLAS libraries switch kernels within a product and the bits of a row would depend on its place."""
 SHORTEST_CLASS = 256
 CLASS_RATIO = 4
 CPU_SLOTS = 64
 CUDA_SLOTS = 512
-CPU_PREFILL_TOKENS = 1024
+CPU_PREFILL_TOKENS = 512
 CUDA_PREFILL_TOKENS = 8192
 SHARED_LOGIT_ROWS = 256
 AUTO_MAX_LEN = 8192
@@ -62,33 +62,22 @@ class EnginePlan:
     """Every shape the engine may run.
 
     `prefill_tokens` are the sizes of a packed prefill pass in tokens and `logit_rows` the numbers of
-    positions whose logits one pass computes, both ascending; a pass takes the smallest that fits.
-    Rows share a pass up to `shared_tokens` and `shared_logit_rows`; a row that needs more runs alone.
-    With `ladder` (CPU, where the bits of a row do not depend on the size) a pass may also be smaller
-    than the shared size and a decode step may run a part of the slots; without it every shared pass
-    has the same size.
+    positions whose logits one pass computes, both ascending. The first is what rows share, as many as
+    fit; a row that needs more runs alone in the smallest that holds it. So the row decides on the size,
+    never its neighbours: libraries choose their way of summing up by the size of a product. For the same
+    reason a decode step always runs all slots of its class.
     """
 
     length_classes: tuple[LengthClass, ...]
     prefill_tokens: tuple[int, ...]
     logit_rows: tuple[int, ...]
-    shared_tokens: int
-    shared_logit_rows: int
     vocab: int
-    ladder: bool
     kv_bytes: int
 
     @property
     def max_len(self) -> int:
         """The longest row, prompt and answer together, in tokens."""
         return self.length_classes[-1].max_len
-
-    def decode_slots(self, length_class: LengthClass) -> tuple[int, ...]:
-        """The numbers of slots a decode step of this class may run, ascending."""
-        shapes = {length_class.slots}
-        if self.ladder:
-            shapes |= {round_up(length_class.slots // part) for part in (2, 4)}
-        return tuple(sorted(shapes))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as stored in run.json."""
@@ -151,17 +140,12 @@ def plan_engine(
     classes = _fit_classes(
         _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
     )
-    ladder = device_type == "cpu"
-    shared_tokens = _shared_tokens(settings, device_type)
     largest, shared_logit_rows = largest_pass(settings, longest, device_type)
     return EnginePlan(
         length_classes=classes,
-        prefill_tokens=_shapes(shared_tokens, largest, ladder),
-        logit_rows=_shapes(shared_logit_rows, largest, ladder),
-        shared_tokens=shared_tokens,
-        shared_logit_rows=shared_logit_rows,
+        prefill_tokens=_sizes(_shared_tokens(settings, device_type), largest),
+        logit_rows=_sizes(shared_logit_rows, largest),
         vocab=geometry.vocab,
-        ladder=ladder,
         kv_bytes=_total_bytes(classes, token_bytes),
     )
 
@@ -215,7 +199,9 @@ def _total_bytes(classes: tuple[LengthClass, ...], token_bytes: int) -> int:
     return sum((c.slots + 1) * c.max_len * token_bytes for c in classes)
 
 
-def _shapes(shared: int, largest: int, ladder: bool) -> tuple[int, ...]:
-    """The shared size, with its parts on a ladder, and one for a row longer than it."""
-    parts = (8, 4, 2, 1) if ladder else (1,)
-    return tuple(sorted({*(round_up(shared // part) for part in parts), largest}))
+def _sizes(shared: int, largest: int) -> tuple[int, ...]:
+    """The shared size, then twice and twice again, for rows longer than it, up to the largest."""
+    sizes = [shared]
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
+    return tuple(sizes)

@@ -23,13 +23,12 @@ class SlotBatch:
     """All slots of a length class, with their keys and values on the device."""
 
     def __init__(self, plan: EnginePlan, length_class: LengthClass, cache: KVCache, device: torch.device) -> None:
-        self.shapes = plan.decode_slots(length_class)
+        self.slots = length_class.slots
         self.max_len = length_class.max_len
         self.vocab = plan.vocab
         self.cache = cache
         self.device = device
         self.seats: dict[int, Seat] = {}
-        self._slots = length_class.slots
         self._free = list(range(length_class.slots))
         self._not_finite: set[int] = set()
         self._rows: SamplerRows | None = None
@@ -44,7 +43,7 @@ class SlotBatch:
         return len(self._free)
 
     def reserve(self, count: int) -> list[int]:
-        """Take the lowest free slots, so that a part-filled batch runs a small shape.
+        """Take free slots, the lowest first.
 
         A slot that computed anything not finite is wiped: attention gives a place beyond a row's length
         the weight 0, but 0 * nan is nan. That includes the steps a slot ran after its row had ended.
@@ -77,34 +76,33 @@ class SlotBatch:
         heapq.heappush(self._free, slot)
         self._rows = None
 
-    def decode(self, model: DecoderModel, most_steps: int) -> tuple[int, int]:
-        """Run up to `most_steps` steps with one read-back at the end; returns (steps, slots run in each)."""
-        slots = next(n for n in self.shapes if n > max(self.seats))
+    def decode(self, model: DecoderModel, most_steps: int) -> int:
+        """Run up to `most_steps` steps of all slots with one read-back at the end; returns how many."""
         steps = min(most_steps, max(s.limit - len(s.token_ids) for s in self.seats.values()))
-        rows = self._sampler_rows(slots)
-        uniforms_NB = rows.uniforms(self._step_B[:slots], steps) if rows.any_sampled else None
-        seen_BV = self._seen_BV[:slots] if rows.any_penalty and self._seen_BV is not None else None
-        slots_B = torch.arange(slots, device=self.device)
+        rows = self._sampler_rows()
+        uniforms_NB = rows.uniforms(self._step_B, steps) if rows.any_sampled else None
+        seen_BV = self._seen_BV if rows.any_penalty else None
+        slots_B = torch.arange(self.slots, device=self.device)
         sampled = []
         for step in range(steps):
-            tokens_B, positions_B = self._token_B[:slots], self._position_B[:slots].clone()
+            tokens_B, positions_B = self._token_B, self._position_B.clone()
             if seen_BV is not None:
                 seen_BV.scatter_(1, tokens_B[:, None], True)
-            attention = SlotDecode(self.cache, slots_B, positions_B, self._reach_B[:slots])
+            attention = SlotDecode(self.cache, slots_B, positions_B, self._reach_B)
             logits_BV = model.logits(tokens_B, positions_B, attention, None)
             sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
-            self._advance(slots, sampled[-1].tokens_B)
+            self._advance(sampled[-1].tokens_B)
         taken = sorted(self.seats)
         self._read_back(sampled, taken, taken)
         finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
         self._not_finite.update(slot for slot, finite in enumerate(finite_B) if not finite)
-        return steps, slots
+        return steps
 
-    def _advance(self, slots: int, tokens_B: Tensor) -> None:
+    def _advance(self, tokens_B: Tensor) -> None:
         """Step every slot; one that runs past its row's end (it is freed soon) stays inside its own memory."""
-        self._token_B[:slots] = tokens_B
-        self._position_B[:slots] = (self._position_B[:slots] + 1).clamp(max=self.max_len - 1)
-        self._step_B[:slots] += 1
+        self._token_B.copy_(tokens_B)
+        self._position_B.copy_((self._position_B + 1).clamp(max=self.max_len - 1))
+        self._step_B += 1
 
     def _read_back(self, sampled: Sequence[Sampled], rows: Sequence[int], slots: Sequence[int]) -> None:
         """Hand the tokens of so many steps to the seats: row r of the steps belongs to the slot beside it."""
@@ -122,13 +120,13 @@ class SlotBatch:
     def _mark_seen(self, slots: Sequence[int], seats: Sequence[Seat]) -> None:
         """Note which tokens the prompts hold; the answers' own are noted as they are decoded."""
         if self._seen_BV is None:
-            self._seen_BV = torch.zeros(self._slots, self.vocab, dtype=torch.bool, device=self.device)
+            self._seen_BV = torch.zeros(self.slots, self.vocab, dtype=torch.bool, device=self.device)
         for slot, seat in zip(slots, seats, strict=True):
             self._seen_BV[slot] = seen_tokens([seat], self.vocab, self.device)[0]
 
-    def _sampler_rows(self, slots: int) -> SamplerRows:
-        if self._rows is None or self._rows.temperature_B.shape[0] != slots:
-            taken = [self.seats.get(slot) for slot in range(slots)]
+    def _sampler_rows(self) -> SamplerRows:
+        if self._rows is None:
+            taken = [self.seats.get(slot) for slot in range(self.slots)]
             self._rows = SamplerRows.of([EMPTY if s is None else s.sampler_row for s in taken], self.device)
         return self._rows
 

@@ -169,15 +169,20 @@ def test_matrix_products_of_listed_shapes_give_a_row_equal_bits(
     checkpoint_folder: Callable[[str], Path],
     build_engine: Callable[..., Any],
 ) -> None:
-    """What the shapes rest on: BLAS gives a row equal bits at every listed number of rows, at every place."""
+    """What the shapes rest on: in a product of a listed size a row's bits depend on nothing but the row.
+
+    They do depend on the size, with some libraries, dtypes and numbers of threads.
+    """
     plan = build_engine(checkpoint_folder("llama")).plan
-    listed = {*plan.prefill_tokens, *plan.logit_rows, *(n for c in plan.length_classes for n in plan.decode_slots(c))}
+    listed = {*plan.prefill_tokens, *plan.logit_rows, *(c.slots for c in plan.length_classes)}
     assert max(listed) >= MAX_POSITIONS
     torch.manual_seed(0)
-    x = torch.randn(max(listed), in_features).to(dtype)
     weight = torch.randn(out_features, in_features).to(dtype)
-    whole = torch.nn.functional.linear(x, weight)
     for rows in sorted(listed):
-        for first in (0, x.shape[0] - rows):
-            part = torch.nn.functional.linear(x[first : first + rows].contiguous(), weight)
-            assert torch.equal(part, whole[first : first + rows]), rows
+        x = torch.randn(rows, in_features).to(dtype)
+        whole = torch.nn.functional.linear(x, weight)
+        order = torch.randperm(rows)
+        assert torch.equal(torch.nn.functional.linear(x[order], weight), whole[order]), rows
+        kept = torch.arange(rows) % 3 == 1
+        others = torch.where(kept[:, None], x, torch.randn(rows, in_features).to(dtype) * 9)
+        assert torch.equal(torch.nn.functional.linear(others, weight)[kept], whole[kept]), rows

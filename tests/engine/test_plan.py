@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,15 @@ def test_every_shape_is_a_multiple_of_16_and_holds_the_longest_row(
     device: str, longest: int, slots: int | None, prefill_tokens: int | None
 ) -> None:
     plan = make_plan(1 << 50, device, longest, slots=slots, prefill_tokens=prefill_tokens)
-    decode = [n for c in plan.length_classes for n in plan.decode_slots(c)]
-    for sizes in (plan.prefill_tokens, plan.logit_rows, decode):
+    for sizes in (plan.prefill_tokens, plan.logit_rows, [c.slots for c in plan.length_classes]):
         assert all(n > 0 and n % 16 == 0 for n in sizes)
     assert plan.max_len == longest
     assert list(plan.prefill_tokens) == sorted(set(plan.prefill_tokens))
     assert list(plan.logit_rows) == sorted(set(plan.logit_rows))
     assert max(plan.prefill_tokens) >= longest
-    assert plan.shared_tokens in plan.prefill_tokens
-    assert plan.shared_logit_rows in plan.logit_rows
+    assert all(b <= 2 * a for a, b in pairwise(plan.prefill_tokens)), "a row alone fills at least half"
+    assert prefill_tokens is None or plan.prefill_tokens[0] - prefill_tokens in range(16)
     assert [c.max_len for c in plan.length_classes] == sorted({c.max_len for c in plan.length_classes})
-    assert all(plan.decode_slots(c)[-1] == c.slots for c in plan.length_classes)
 
 
 @given(
@@ -141,8 +140,11 @@ def test_a_plan_survives_json(device: str, engine: dict[str, int]) -> None:
 class Spy:
     """A model that notes the shape of each pass."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, looked_for: tuple[int, ...] = ()) -> None:
+        """`met` are the shapes of the prefill passes that hold the tokens looked for."""
         self.decoder = decoder
+        self.looked_for = list(looked_for)
+        self.met: set[tuple[int, int]] = set()
         self.prefills: set[tuple[int, int]] = set()
         self.decodes: set[tuple[int, int]] = set()
 
@@ -154,6 +156,9 @@ class Spy:
         else:
             assert wanted_L is not None
             self.prefills.add((tokens_T.shape[0], wanted_L.shape[0]))
+            starts = [row.start for row in attention.rows]
+            if self.looked_for in [tokens_T[s : s + len(self.looked_for)].tolist() for s in starts]:
+                self.met.add((tokens_T.shape[0], wanted_L.shape[0]))
         logits: Tensor = self.decoder.logits(tokens_T, positions_T, attention, wanted_L)
         return logits
 
@@ -177,11 +182,31 @@ def test_only_listed_shapes_are_run(
     running = under_test.engine(spy)
     assert len(drive(running, rows, polls_between=0)) == 150
     drive(running, rows[:40], polls_between=1)
-    assert len(spy.prefills) > 3
+    assert len(spy.prefills) > 1 or len(plan.prefill_tokens) == 1
     assert all(tokens in plan.prefill_tokens and rows_ in plan.logit_rows for tokens, rows_ in spy.prefills)
-    listed = {(n, c.max_len) for c in plan.length_classes for n in plan.decode_slots(c)}
-    assert spy.decodes <= listed
-    assert {max_len for _, max_len in spy.decodes} == {c.max_len for c in plan.length_classes}
+    assert spy.decodes == {(c.slots, c.max_len) for c in plan.length_classes}
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_row_s_neighbours_do_not_decide_on_the_size_of_its_pass(
+    scored: bool, checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    """The sizes that a row runs in, alone and in company of others that are shorter and longer."""
+    under_test = build_engine(checkpoint_folder("llama"), slots=16, prefill_tokens=64)
+    rng = random.Random(0)
+    others = [random_prompt(rng, length) for length in (1, 30, 63, 64, 65, 200, 600)]
+
+    def request(name: Any, prompt: tuple[int, ...]) -> Request:
+        return Request(id=name, prompt_ids=prompt, candidates=((5, 6),)) if scored else greedy(name, prompt, 2)
+
+    for length in (1, 40, 63, 64, 65, 130, 300):
+        row = request("row", random_prompt(rng, length))
+        sizes = set()
+        for crowd in ([], others[:2], others, list(reversed(others))):
+            spy = Spy(under_test.decoder, row.prompt_ids)
+            drive(under_test.engine(spy), [*(request(n, p) for n, p in enumerate(crowd)), row])
+            sizes |= spy.met
+        assert len(sizes) == 1
 
 
 def test_counters_count_what_was_asked_and_answered(
