@@ -118,6 +118,13 @@ class TaskLabelSchema(TaskSchema):
 
 
 @dataclass
+class TaskScoreSchema(TaskSchema):
+    kind: str = "score"
+    target: str | None = doc(None, "column with the text to score behind the prompt; the prompt itself if null")
+    prompt_logprob: bool = doc(False, "also a column prompt_logprob: of the prompt's tokens from the second one on")
+
+
+@dataclass
 class SamplingSchema:
     max_new_tokens: int = doc(128, "longest answer in tokens")
     temperature: float | None = doc(0.0, "0 is greedy; null is what the checkpoint says")
@@ -172,7 +179,7 @@ GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "model": {"base": ModelSchema},
     "quant": {"base": QuantSchema, "auto": QuantKernelSchema, "bnb": QuantBnbSchema, "bnb-int8": QuantInt8Schema},
     "data": {"parquet": DataParquetSchema, "jsonl": DataJsonlSchema, "hub": DataHubSchema},
-    "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema},
+    "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema, "score": TaskScoreSchema},
     "sampling": {"base": SamplingSchema},
     "engine": {"base": EngineSchema},
     "output": {"base": OutputSchema},

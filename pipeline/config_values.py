@@ -99,7 +99,7 @@ def _data(values: Mapping[str, Any]) -> DataSettings:
 
 
 def _task(values: Mapping[str, Any]) -> TaskSettings:
-    label = values["kind"] == "label"
+    label, score = (values["kind"] == kind for kind in ("label", "score"))
     return TaskSettings(
         kind=values["kind"],
         prompt=_template(values),
@@ -113,6 +113,8 @@ def _task(values: Mapping[str, Any]) -> TaskSettings:
         label_eos=_auto_bool("task.label_eos", values["label_eos"]) if label else None,
         abstain_below=_between("task.abstain_below", values["abstain_below"], 0, 1) if label else 0.0,
         truth=values["truth"] if label else None,
+        target=values["target"] if score else None,
+        prompt_logprob=values["prompt_logprob"] if score else False,
     )
 
 

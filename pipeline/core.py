@@ -79,13 +79,32 @@ class Request:
     """One row made ready for the engine.
 
     With `candidates` the request is scored, not decoded: the answer is the log-probability of each
-    candidate continuation given the prompt. Otherwise tokens are generated under `sampling`.
+    candidate continuation given the prompt. With `target_ids` it is that of the one continuation, token
+    by token, and with `score_prompt` that of the prompt's own tokens from the second on, alone or beside
+    a target's. Otherwise tokens are generated under `sampling`.
     """
 
     id: Hashable
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     candidates: tuple[tuple[int, ...], ...] = ()
+    target_ids: tuple[int, ...] = ()
+    score_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.candidates and self.scores_text), "candidates are scored by themselves"
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether the tokens of one given text are scored."""
+        return bool(self.target_ids) or self.score_prompt
+
+    @property
+    def answer_tokens(self) -> int:
+        """The room it needs behind the prompt, at most."""
+        if self.candidates:
+            return max(map(len, self.candidates))
+        return len(self.target_ids) if self.scores_text else self.sampling.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +115,9 @@ class Completion:
     belong to the answer where a stop text was found in it, else None. `cumulative_logprob` sums the
     natural-log probabilities of the tokens, the stop token's included, under the model's unmodified
     softmax; `logprobs` has them one by one if asked for. `candidate_logprobs` holds the same sum for
-    each candidate. With several answers `choices` has them all and the other fields are the first's.
+    each candidate. Of a scored text `cumulative_logprob` is the target's sum, `prompt_logprob` the
+    prompt's from its second token on, and `logprobs` has the target's tokens, the prompt's without one.
+    With several answers `choices` has them all and the other fields are the first's.
     `error` is set exactly when `finish_reason` is ERROR.
     """
 
@@ -108,5 +129,7 @@ class Completion:
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     candidate_logprobs: tuple[float, ...] = ()
+    target_tokens: int = 0
+    prompt_logprob: float | None = None
     choices: tuple[Completion, ...] = ()
     error: str | None = None

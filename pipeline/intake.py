@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import Completion, FinishReason, Request
 from pipeline.data.source import Chunk, Rows, Source, SourceFile
-from pipeline.prompts import PromptBuilder
-from pipeline.tasks.task import Task
+from pipeline.prompts import Prompt, PromptBuilder
+from pipeline.tasks.task import RequestId, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +39,7 @@ class Preparation:
         self, prompts: PromptBuilder, task: Task, unfit: Callable[[Request], str | None], max_len: int
     ) -> None:
         """`unfit` says why the engine cannot take a request, or None; `max_len` is its longest row in tokens."""
-        self._room = max(1, max_len - task.answer_tokens)
+        self._max_len = max_len
         self._prompts = prompts
         self._task = task
         self._unfit = unfit
@@ -49,26 +49,29 @@ class Preparation:
         """Requests of the good rows, error completions of the others."""
         rows = [data.errors.get(i, row) for i, row in enumerate(read_rows(data.table.select(self._columns)))]
         requests: list[Request] = []
-        failed: list[Completion] = []
-        readable = [row for row in rows if isinstance(row, dict)]
-        prompts = iter(self._prompts.build(readable, self._room))
-        for index, row in enumerate(rows):
-            prepared = self._prepare_row((chunk.id, index), row, prompts)
+        failed = [_error((chunk.id, i), 0, row) for i, row in enumerate(rows) if isinstance(row, str)]
+        readable = {(chunk.id, i): row for i, row in enumerate(rows) if not isinstance(row, str)}
+        asked = self._task.requests(list(readable), list(readable.values()))
+        prompts = self._prompts.build(list(readable.values()), [self._room(a) for a in asked])
+        for request_id, request, prompt in zip(readable, asked, prompts, strict=True):
+            prepared = self._prepared(request_id, request, prompt)
             (requests if isinstance(prepared, Request) else failed).append(prepared)  # type: ignore[arg-type]
         return PreparedChunk(chunk, data.table, [r if isinstance(r, dict) else {} for r in rows], requests, failed)
 
-    def _prepare_row(self, request_id: tuple[str, int], row: Any, prompts: Iterator[Any]) -> Request | Completion:
-        if not isinstance(row, dict):
-            return _error(request_id, 0, str(row))
-        prompt = next(prompts)
+    def _room(self, asked: Request | str) -> int | None:
+        """The room that the answer leaves to the prompt; None if it leaves none, which is no matter of the prompt's."""
+        room = self._max_len - (asked.answer_tokens if isinstance(asked, Request) else 1)
+        return room if room >= 1 else None
+
+    def _prepared(self, request_id: RequestId, asked: Request | str, prompt: Prompt) -> Request | Completion:
         if prompt.error is not None:
             return _error(request_id, 0, prompt.error)
-        try:
-            request = self._task.request(request_id, prompt.token_ids, row)
-        except ValueError as error:
-            return _error(request_id, len(prompt.token_ids), str(error))
+        tokens = len(prompt.token_ids)
+        if isinstance(asked, str):
+            return _error(request_id, tokens, asked)
+        request = replace(asked, prompt_ids=prompt.token_ids)
         reason = self._unfit(request)
-        return request if reason is None else _error(request_id, len(prompt.token_ids), reason)
+        return request if reason is None else _error(request_id, tokens, reason)
 
 
 def read_rows(table: pa.Table) -> list[dict[str, Any] | str]:

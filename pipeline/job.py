@@ -88,7 +88,7 @@ class Job:
         if config.task.messages is None:
             RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(
-            self.input_schema, config.output.columns, config.task.kind, {}, self._on_request(), _run_labels(config)
+            self.input_schema, config.output.columns, config.task.kind, {}, config.on_request, _run_labels(config)
         )
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
         self.tokenizer = self._tokenizer_checkpoint()
@@ -244,15 +244,13 @@ class Job:
         if schema.names or any(self.count(file) if file.rows is None else file.rows for file in self.found):
             return schema
         task, kept = self.config.task, self.config.output.columns or ()
-        named = [task.truth, task.labels if isinstance(task.labels, str) else None, *names_in(task.prompt), *kept]
+        columns = [task.truth, task.target, task.labels if isinstance(task.labels, str) else None]
+        named = [*columns, *names_in(task.prompt), *kept]
         return pa.schema([(name, pa.string()) for name in dict.fromkeys(named) if name])
 
     def _tokenizer_checkpoint(self) -> Checkpoint:
         name = self.config.model.tokenizer
         return self.checkpoint if name is None else open_checkpoint(name)
-
-    def _on_request(self) -> tuple[str, ...]:
-        return self.config.sampling.on_request if self.config.task.kind == "generate" else ()
 
     def _check_output_apart(self) -> None:
         """Results below the input would be read as input by the next run."""
@@ -269,6 +267,7 @@ class Job:
         names |= {
             "task.truth": task.truth,
             "task.messages": task.messages,
+            "task.target": task.target,
             "task.labels": task.labels if isinstance(task.labels, str) else None,
         }
         for key, name in names.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ class Counts:
     error_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    target_tokens: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -34,6 +35,7 @@ class Counts:
             self.error_rows + other.error_rows,
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.target_tokens + other.target_tokens,
         )
 
 
@@ -101,17 +103,9 @@ class Outlet:
             error_rows=sum(c.error is not None for c in completions),
             prompt_tokens=sum(c.prompt_tokens for c in completions),
             completion_tokens=_completion_tokens(table, completions),
+            target_tokens=sum(c.target_tokens for c in completions),
         )
-        self._sink.commit(
-            prepared.chunk,
-            table,
-            {
-                "rows": counts.rows,
-                "error_rows": counts.error_rows,
-                "prompt_tokens": counts.prompt_tokens,
-                "completion_tokens": counts.completion_tokens,
-            },
-        )
+        self._sink.commit(prepared.chunk, table, asdict(counts))
         self._committed(prepared.chunk, counts)
 
     def _table(self, prepared: PreparedChunk, completions: list[Completion]) -> pa.Table:

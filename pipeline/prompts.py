@@ -48,27 +48,37 @@ class PromptBuilder:
         """The columns that the prompt is made of."""
         return self._template.columns if self._messages is None else [self._messages]
 
-    def build(self, rows: Sequence[Mapping[str, Any]], room: int | None = None) -> list[Prompt]:
+    def build(self, rows: Sequence[Mapping[str, Any]], rooms: Sequence[int | None] | None = None) -> list[Prompt]:
         """The prompt of each row; a row that cannot be rendered gets an error and costs no other row anything.
 
-        Prompts longer than `room` tokens are cut if the length policy says so.
+        Prompts longer than their room in tokens are cut if the length policy says so.
         """
         texts = [self._text(row) for row in rows]
         good = [text for text in texts if isinstance(text, str)]
         encoded = iter(self._tokenizer.encode(good, add_special_tokens=not self.is_chat))
-        return [text if isinstance(text, Prompt) else self._fitted(text, next(encoded), room) for text in texts]
+        return [
+            text if isinstance(text, Prompt) else self._fitted(text, next(encoded), room)
+            for text, room in zip(texts, rooms or [None] * len(texts), strict=True)
+        ]
 
-    def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that continues any row's prompt.
+    def continuations(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of texts that each continue any row's prompt.
 
-        Tokenized behind the constant text that every prompt ends with, so that it is cut as it would be
-        in place; alone where the boundary is not kept.
+        Tokenized behind the constant text that every prompt ends with, so that they are cut as they would
+        be in place; alone where the boundary is not kept.
         """
         anchor = self._frame.text(ANCHOR) if self._frame is not None else ANCHOR + self._template.tail
-        before, whole = self._tokenizer.encode([anchor, anchor + text], add_special_tokens=False)
-        if whole[: len(before)] == before:
-            return tuple(whole[len(before) :])
-        return tuple(self._tokenizer.encode([text], add_special_tokens=False)[0])
+        before, *wholes = self._tokenizer.encode([anchor, *(anchor + text for text in texts)], add_special_tokens=False)
+        kept = [whole[: len(before)] == before for whole in wholes]
+        cut = [text for text, is_kept in zip(texts, kept, strict=True) if not is_kept]
+        alone = iter(self._tokenizer.encode(cut, add_special_tokens=False))
+        return [
+            tuple(whole[len(before) :] if is_kept else next(alone)) for whole, is_kept in zip(wholes, kept, strict=True)
+        ]
+
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """Token ids of one text that continues any row's prompt."""
+        return self.continuations([text])[0]
 
     def _text(self, row: Mapping[str, Any]) -> str | Prompt:
         try:

@@ -121,17 +121,26 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     from pipeline.tasks.generate import GenerateTask
     from pipeline.tasks.label import LabelTask
     from pipeline.tasks.sampling import sampling_params
+    from pipeline.tasks.score import ScoreTask
 
     config = job.config
     prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names)
     if config.task.kind == "label":
         stop = job.checkpoint.stop_token_ids
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
+    if config.task.kind == "score":
+        return prompts, ScoreTask(
+            config.task.target,
+            prompts.continuations,
+            logprobs=config.sampling.logprobs,
+            sampling_columns=config.sampling.columns,
+            on_request=config.on_request,
+        )
     return prompts, GenerateTask(
         sampling_params(config.sampling, job.checkpoint),
         tokenizer.decode,
         config.sampling.columns,
-        config.sampling.on_request,
+        config.on_request,
     )
 
 
@@ -229,7 +238,8 @@ class Shift:
         completions = [o.completion for o in self.engine.poll() if o.completion is not None]
         for completion in completions:
             outlet.add(completion)
-        tokens = sum(c.prompt_tokens + sum(len(x.token_ids) for x in c.choices or (c,)) for c in completions)
+        answered = (sum(len(x.token_ids) for x in c.choices or (c,)) + c.target_tokens for c in completions)
+        tokens = sum(c.prompt_tokens for c in completions) + sum(answered)
         self.progress.advance(len(completions), tokens)
         return len(completions)
 
@@ -256,6 +266,7 @@ class Shift:
         self.stats.error_rows += counts.error_rows
         self.stats.prompt_tokens += counts.prompt_tokens
         self.stats.completion_tokens += counts.completion_tokens
+        self.stats.target_tokens += counts.target_tokens
 
 
 def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
@@ -288,7 +299,7 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     sink = job.sink(claims.attempt)
     sink.sweep()
     totals = sink.totals(chunk.id for chunk in job.chunks)
-    counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens")
+    counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
     if summary["error_rows"]:
         from pipeline.evaluate.errors import commonest_error
@@ -333,11 +344,12 @@ def _speed(job: Job) -> Iterator[tuple[str, str]]:
         return
     last = pq.read_table(files[-1]).to_pylist()[0]
     whose = f", the last of {len(files)} processes" if len(files) > 1 else ""
+    kinds = {name: last[f"{name}_tokens"] for name in ("prompt", "completion", "target")}
+    tokens = " + ".join(f"{count:,} {name}" for name, count in kinds.items() if count or name != "target")
     yield (
         "speed",
         f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
-        f"({last['prompt_tokens']:,} prompt + {last['completion_tokens']:,} completion tokens in "
-        f"{last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
+        f"({tokens} tokens in {last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
     )
     yield "stats", str(files[-1])
 

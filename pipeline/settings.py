@@ -45,11 +45,11 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSettings:
-    """The `task` group; `kind` is the choice (generate, label).
+    """The `task` group; `kind` is the choice (generate, label, score).
 
     `prompt` is the template's text; it is not used with `messages`, a column of conversations. `labels`
     maps each label's name to its verbalizer (the text that stands for it), or is the name of a column
-    that holds each row's list of labels. `label_eos` None is auto.
+    that holds each row's list of labels. `label_eos` None is auto. `target` None scores the prompt itself.
     """
 
     kind: str
@@ -64,6 +64,8 @@ class TaskSettings:
     label_eos: bool | None = None
     abstain_below: float = 0.0
     truth: str | None = None
+    target: str | None = None
+    prompt_logprob: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +89,14 @@ class SamplingSettings:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def on_request(self) -> tuple[str, ...]:
-        """The output columns that these settings ask for."""
-        names = ("token_ids", "logprobs") if self.logprobs is not None or "logprobs" in self.columns else ()
-        return (*names, "choices") if self.n > 1 or "n" in self.columns else names
+    def token_columns(self) -> tuple[str, ...]:
+        """The output columns of single tokens, if these settings ask for them."""
+        return ("token_ids", "logprobs") if self.logprobs is not None or "logprobs" in self.columns else ()
+
+    @property
+    def choice_columns(self) -> tuple[str, ...]:
+        """The output column of several answers, if these settings ask for them."""
+        return ("choices",) if self.n > 1 or "n" in self.columns else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,3 +132,12 @@ class RunConfig:
     dry_run: bool
     max_error_rate: float
     resolved: Mapping[str, Any]
+
+    @property
+    def on_request(self) -> tuple[str, ...]:
+        """The output columns that are there only because they are asked for."""
+        if self.task.kind == "generate":
+            return (*self.sampling.token_columns, *self.sampling.choice_columns)
+        if self.task.kind == "score":
+            return (*self.sampling.token_columns, *(("prompt_logprob",) if self.task.prompt_logprob else ()))
+        return ()

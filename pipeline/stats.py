@@ -27,7 +27,8 @@ class RunStats:
 
     `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
     are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
-    row's token. Rates are per second of `generate_s`, over prompt and completion tokens.
+    row's token. Rates are per second of `generate_s`, over prompt and completion tokens and those of
+    targets behind a prompt.
     """
 
     run_id: str = ""
@@ -39,6 +40,7 @@ class RunStats:
     error_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    target_tokens: int = 0
     padded_tokens: int = 0
     prefill_passes: int = 0
     decode_steps: int = 0
@@ -66,7 +68,8 @@ class RunStats:
         self.wall_s = wall_s
         if self.generate_s > 0:
             self.rows_per_s = self.rows / self.generate_s
-            self.tokens_per_s = (self.prompt_tokens + self.completion_tokens) / self.generate_s
+            tokens = self.prompt_tokens + self.completion_tokens + self.target_tokens
+            self.tokens_per_s = tokens / self.generate_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

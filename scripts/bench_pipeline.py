@@ -41,7 +41,7 @@ WORDS = re.findall(
     still since yesterday again really support team address number wrong slow late open close change cancel""",
 )
 PLAN = EnginePlan(
-    length_classes=(LengthClass(slots=512, max_len=1024),), prefill_tokens=(1024,), logit_rows=(256,),
+    length_classes=(LengthClass(slots=512, max_len=1024),), prefill_tokens=(1024,), logit_rows=256,
     vocab=2048, kv_bytes=0,
 )  # fmt: skip
 ANSWER_TOKENS = 8

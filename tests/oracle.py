@@ -257,7 +257,7 @@ def pass_logits(decoder: Any, prompt: Sequence[int]) -> Tensor:
     """This project's logits [T, V] of every position of a prompt, from one pass."""
     length = len(prompt)
     attention = PackedPrefill((RowSpan(0, length),), None, torch.full((length,), length))
-    logits: Tensor = decoder.logits(torch.tensor(list(prompt)), torch.arange(length), attention, None)
+    logits: Tensor = decoder.head(decoder.hidden(torch.tensor(list(prompt)), torch.arange(length), attention))
     return logits
 
 

@@ -418,7 +418,7 @@ def test_a_long_prompt_loses_tokens_of_the_row_s_own_text(
 ) -> None:
     tokenizer = adds_bos if kind == "bos" else tiny
     task = TaskSettings(kind="generate", prompt=head + "{{ text }}" + tail, too_long=side, chat=kind == "chat")
-    [made] = PromptBuilder(tokenizer, task, ["text"]).build([{"text": text}], room)
+    [made] = PromptBuilder(tokenizer, task, ["text"]).build([{"text": text}], [room])
     around = ("", "")
     if kind == "chat":
         framed = oracle.apply_chat_template(
@@ -440,24 +440,24 @@ def test_a_long_prompt_loses_tokens_of_the_row_s_own_text(
 def test_a_cut_prompt_fills_the_room_and_keeps_head_and_tail(chat: bool, side: str, adds_bos: Tokenizer) -> None:
     task = TaskSettings(kind="generate", prompt=f"{HEAD}{{{{ text }}}}{TAIL}", too_long=side, chat=chat, system=None)
     made = PromptBuilder(adds_bos, task, ["text"])
-    short, long = made.build([{"text": "My parcel"}, {"text": "first " + NEWS * 20 + "last"}], 90)
+    short, long = made.build([{"text": "My parcel"}, {"text": "first " + NEWS * 20 + "last"}], [90, 90])
     assert len(short.token_ids) < 90 == len(long.token_ids)
     assert long.token_ids[0] == 0 and long.token_ids.count(0) == 1, "<|bos|> stays"
     text = adds_bos.decode([long.token_ids])[0]
     assert HEAD in text and TAIL in text
     assert ("first" in text, "last" in text) == ((False, True) if side == LEFT else (True, False))
-    assert made.build([{"text": "x"}], len(short.token_ids))[0].error is None
+    assert made.build([{"text": "x"}], [len(short.token_ids)])[0].error is None
 
 
 def test_error_is_the_policy_unless_another_is_chosen() -> None:
-    whole = builder(chat=False).build([{"text": NEWS * 20}], 10)[0]
+    whole = builder(chat=False).build([{"text": NEWS * 20}], [10])[0]
     assert whole == builder(chat=False).build([{"text": NEWS * 20}])[0]
     assert len(whole.token_ids) > 10, "the engine says that it has no room"
 
 
 def test_a_template_without_room_for_the_row_is_an_error() -> None:
     made = builder(f"{HEAD}{{{{ text }}}}", too_long=LEFT, chat=False)
-    fitting, long = made.build([{"text": ""}, {"text": NEWS}], len(tiny.encode([HEAD], False)[0]))
+    fitting, long = made.build([{"text": ""}, {"text": NEWS}], [len(tiny.encode([HEAD], False)[0])] * 2)
     assert fitting.error is None
     assert "the template's own text has more tokens" in str(long.error)
 
@@ -472,7 +472,9 @@ def test_a_template_without_room_for_the_row_is_an_error() -> None:
 def test_what_a_chat_template_makes_of_the_text_is_not_cut(template: str, chat_template: Any) -> None:
     """Where the row's own tokens cannot be told from the template's, some of the latter could go."""
     task = TaskSettings(kind="generate", prompt="{{ text }}", too_long=LEFT)
-    short, long = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": "a"}, {"text": NEWS * 9}], 50)
+    short, long = PromptBuilder(chat_template(template), task, ["text"]).build(
+        [{"text": "a"}, {"text": NEWS * 9}], [50, 50]
+    )
     assert short.error is None
     assert "cannot be cut" in str(long.error) and "50" in str(long.error)
 
@@ -480,7 +482,7 @@ def test_what_a_chat_template_makes_of_the_text_is_not_cut(template: str, chat_t
 def test_blanks_that_a_chat_template_trims_are_no_text_of_the_template(chat_template: Any) -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
     task = TaskSettings(kind="generate", prompt="\n Ticket: {{ text }} \n", too_long=RIGHT)
-    [made] = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": NEWS * 9}], 40)
+    [made] = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": NEWS * 9}], [40])
     whole = f"<|user|>\nTicket: {(NEWS * 9).strip()}<|end|>\n"
     assert list(made.token_ids) == cut_by_oracle(whole, "<|user|>\nTicket: ", "<|end|>\n", 40, RIGHT, bos=False)
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.core import Completion, FinishReason, Request
+from pipeline.core import Completion, Request
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import DecoderModel, Work, candidate_logprobs, logit_rows, pack, pass_tokens, take_pass
+from pipeline.engine.packing import DecoderModel, Work, pack, pass_tokens, take_pass
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.engine.sampler import Sampled, SamplerRows, sample
-from pipeline.engine.seat import NOT_FINITE, Decode, Seat, reach
+from pipeline.engine.scoring import completions, score_pass
+from pipeline.engine.seat import Decode, Seat, reach
 from pipeline.engine.slots import EMPTY, SlotBatch, seen_tokens
 
 STEPS_PER_POLL = {"cpu": 4, "cuda": 8}
@@ -92,7 +93,7 @@ class Engine:
             raise ValueError(f"request {request.id}: {reason}")
         if request.sampling.stop and self._decode_text is None:
             raise ValueError(f"request {request.id}: this engine has no decoder for stop texts")
-        if request.candidates:
+        if request.candidates or request.scores_text:
             self._scoring.append((request, 0))
             return
         wanted = reach(request, self.plan)
@@ -122,15 +123,10 @@ class Engine:
         started = time.perf_counter()
         requests = [request for request, _ in take_pass(self._scoring, self.plan, len(self._scoring))]
         packed = pack(requests, self.plan, self._device)
-        logprobs_LV = torch.log_softmax(packed.run(self._model), dim=-1)
-        finite_L = torch.isfinite(logprobs_LV.amax(dim=-1)).tolist()
-        outputs = []
-        for request, first in zip(requests, packed.first_logits, strict=True):
-            finite = all(finite_L[first : first + logit_rows(request)])
-            scores = candidate_logprobs(logprobs_LV, first, request) if finite else ()
-            outputs.append(_scored(request, scores))
+        top = max(request.sampling.logprobs or 0 for request in requests)
+        found = score_pass(self._model, packed, self.plan, top)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
-        return outputs
+        return [Output(c.request_id, 0, (), c) for c in completions(requests, packed, found)]
 
     def _decode(self, length_class: LengthClass) -> list[Output]:
         batch = self._batch(length_class)
@@ -151,11 +147,14 @@ class Engine:
 
     def _refill(self, length_class: LengthClass, batch: SlotBatch) -> list[Output]:
         started = time.perf_counter()
-        work = take_pass(self._waiting[length_class], self.plan, batch.free)
+        most = min(batch.free, self.plan.logit_rows)
+        work = take_pass(self._waiting[length_class], self.plan, most)
         slots = batch.reserve(len(work))
         packed = pack([request for request, _ in work], self.plan, self._device, batch.cache, slots)
         seats = [Seat.of(request, choice, self.plan, self._decode_text) for request, choice in work]
-        batch.seat(slots, seats, self._first_tokens(packed.run(self._model), seats))
+        ((_, indices_L),) = packed.wanted_slices(self.plan)
+        logits_LV = self._model.head(packed.run(self._model)[indices_L])
+        batch.seat(slots, seats, self._first_tokens(logits_LV, seats))
         reports = self._report(batch)
         self.counters.completion_tokens += sum(len(o.new_token_ids) for o in reports)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
@@ -215,34 +214,35 @@ def unfit(request: Request, plan: EnginePlan) -> str | None:
         return "the prompt has no tokens"
     if not all(request.candidates):
         return "a label has no tokens"
+    if request.score_prompt and not request.target_ids and len(request.prompt_ids) == 1:
+        return "the prompt has 1 token; it is scored from its second one on"
     unknown = _unknown_token(request, plan.vocab)
     if unknown is not None:
         return f"the tokenizer gives token {unknown}, but the model knows {plan.vocab} tokens"
-    answer = max((len(c) for c in request.candidates), default=1)
-    if len(request.prompt_ids) + answer > plan.max_len:
-        what = "its longest label" if request.candidates else "an answer"
-        tokens = len(request.prompt_ids)
-        return f"the prompt has {tokens} tokens, which with {what} is more than the {plan.max_len} there is room for"
-    if pass_tokens(request) > plan.prefill_tokens[-1]:
+    too_long = _too_long(request, plan.max_len)
+    if too_long is None and pass_tokens(request) > plan.prefill_tokens[-1]:
         return f"the prompt and its labels have {pass_tokens(request)} tokens, more than {plan.prefill_tokens[-1]}"
-    return None
+    return too_long
+
+
+def _too_long(request: Request, max_len: int) -> str | None:
+    """That prompt and answer do not fit; an answer that is generated may be cut down to one token."""
+    tokens = len(request.prompt_ids)
+    answer, what = 1, "an answer"
+    if request.candidates:
+        answer, what = request.answer_tokens, "its longest label"
+    elif request.scores_text:
+        answer, what = request.answer_tokens, f"the {request.answer_tokens} of its target"
+    if tokens + answer <= max_len:
+        return None
+    together = f", which with {what} is" if answer else ","
+    return f"the prompt has {tokens} tokens{together} more than the {max_len} there is room for"
 
 
 def _unknown_token(request: Request, vocab: int) -> int | None:
     """A token id of the request that the model has no embedding for."""
-    parts = (request.prompt_ids, *request.candidates)
+    parts = [part for part in (request.prompt_ids, request.target_ids, *request.candidates) if part]
     largest, smallest = max(map(max, parts)), min(map(min, parts))
     if largest >= vocab:
         return largest
     return smallest if smallest < 0 else None
-
-
-def _scored(request: Request, scores: tuple[float, ...]) -> Output:
-    completion = Completion(
-        request_id=request.id,
-        prompt_tokens=len(request.prompt_ids),
-        finish_reason=FinishReason.STOP if scores else FinishReason.ERROR,
-        candidate_logprobs=scores,
-        error=None if scores else NOT_FINITE,
-    )
-    return Output(request.id, 0, (), completion)

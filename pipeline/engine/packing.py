@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,27 +15,66 @@ from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, 
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan
 from pipeline.engine.seat import reach
-from pipeline.engine.trie import PROMPT_END, CandidateTrie, build_trie
+from pipeline.engine.trie import PROMPT_END, build_trie
 
 
 class DecoderModel(Protocol):
-    """What the engine needs of a model: logits of some positions of a flat pass of tokens."""
+    """What the engine needs of a model: a flat pass of tokens to hidden states, and those to logits."""
 
-    def logits(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass, wanted_L: Tensor | None
-    ) -> Tensor:
-        """Float32 logits [L, V] at the pass's indices `wanted_L` (all T if None)."""
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass) -> Tensor:
+        """What the output head takes, of every token of the pass: [T, hidden size]."""
         ...
+
+    def head(self, hidden_LC: Tensor) -> Tensor:
+        """Float32 logits [L, V] of L hidden states."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A request in a pass.
+
+    tokens     what is run: the prompt, then the beginning of a target or the nodes of a trie
+    positions  where in the row each stands
+    causal     how many of them, from the first, look at all before them
+    wanted     indices of the tokens whose logits are needed, ascending
+    asked      pairs of an index into `wanted` and a token whose log-probability is needed there
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    causal: int
+    wanted: range
+    asked: Sequence[tuple[int, int]] = ()
+
+
+def lay_out(request: Request) -> Layout:
+    """The layout of a request; what a text's or a candidate's last token would predict is not needed."""
+    prompt = request.prompt_ids
+    length = len(prompt)
+    if request.scores_text:
+        text = prompt + request.target_ids
+        first = 1 if request.score_prompt else length
+        asked = list(enumerate(text[first:]))
+        return Layout(text[:-1], range(len(text) - 1), len(text) - 1, range(first - 1, len(text) - 1), asked)
+    if not request.candidates:
+        return Layout(prompt, range(length), length, range(length - 1, length))
+    trie = build_trie(request.candidates)
+    positions = [*range(length), *(length - 1 + depth for depth in trie.depths)]
+    wanted = range(length - 1, length + len(trie.tokens))
+    asked = [
+        (node - PROMPT_END, token)
+        for path, candidate in zip(trie.paths, request.candidates, strict=True)
+        for node, token in zip(path, candidate, strict=True)
+    ]
+    return Layout(prompt + trie.tokens, positions, length, wanted, asked)
 
 
 def pass_tokens(request: Request) -> int:
     """Tokens the request adds to a prefill pass."""
+    if request.scores_text:
+        return len(request.prompt_ids) + len(request.target_ids) - 1
     return len(request.prompt_ids) + (len(build_trie(request.candidates).tokens) if request.candidates else 0)
-
-
-def logit_rows(request: Request) -> int:
-    """Positions whose logits the request needs."""
-    return 1 + (len(build_trie(request.candidates).tokens) if request.candidates else 0)
 
 
 Work = tuple[Request, int]
@@ -45,12 +84,10 @@ Work = tuple[Request, int]
 def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
     """Remove from the queue, in order, the work of the next pass: a request too large to share goes alone."""
     taken: list[Work] = []
-    tokens = rows = 0
+    tokens = 0
     while waiting and len(taken) < most:
-        request = waiting[0][0]
-        tokens += pass_tokens(request)
-        rows += logit_rows(request)
-        if taken and (tokens > plan.prefill_tokens[0] or rows > plan.logit_rows[0]):
+        tokens += pass_tokens(waiting[0][0])
+        if taken and tokens > plan.prefill_tokens[0]:
             break
         taken.append(waiting.popleft())
     return taken
@@ -58,18 +95,33 @@ def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
 
 @dataclass(frozen=True, slots=True)
 class PackedPass:
-    """A prefill pass ready to run; `first_logits` is each request's first index into the logits."""
+    """A prefill pass ready to run.
+
+    `wanted` are the indices of the tokens whose logits are needed, row after row; `first_wanted` is where
+    each request's begin in it, and `asked` pairs of an index into it and a token.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
-    wanted_L: Tensor
     attention: PackedPrefill
-    first_logits: tuple[int, ...]
+    wanted: Sequence[int]
+    first_wanted: Sequence[int]
+    asked: Sequence[tuple[int, int]]
     real_tokens: int
 
     def run(self, model: DecoderModel) -> Tensor:
-        """Logits [L, V], padding behind those of the requests."""
-        return model.logits(self.tokens_T, self.positions_T, self.attention, self.wanted_L)
+        """What the output head takes, of every token: [T, hidden size]."""
+        return model.hidden(self.tokens_T, self.positions_T, self.attention)
+
+    def wanted_slices(self, plan: EnginePlan) -> Iterator[tuple[range, Tensor]]:
+        """The indices [L] of the wanted tokens, in slices of equal size, each with the part of `wanted` it holds.
+
+        A slice's padding is the pass's first token.
+        """
+        for begin in range(0, len(self.wanted), plan.logit_rows):
+            held = range(begin, min(begin + plan.logit_rows, len(self.wanted)))
+            indices = [*self.wanted[held.start : held.stop], *[0] * (plan.logit_rows - len(held))]
+            yield held, torch.tensor(indices, device=self.tokens_T.device)
 
 
 def pack(
@@ -84,27 +136,24 @@ def pack(
     positions: list[int] = []
     owners: list[int] = []
     wanted: list[int] = []
+    asked: list[tuple[int, int]] = []
     reaches: list[int] = []
     firsts: list[int] = []
     spans: list[RowSpan] = []
     for row, request in enumerate(requests):
-        trie = build_trie(request.candidates) if request.candidates else None
-        length = len(request.prompt_ids)
-        spans.append(RowSpan(len(tokens), length, _mask(trie, device)))
+        layout = lay_out(request)
+        begin = len(tokens)
+        spans.append(RowSpan(begin, layout.causal, _mask(request, device)))
         firsts.append(len(wanted))
-        tokens.extend(request.prompt_ids)
-        positions.extend(range(length))
-        wanted.append(len(tokens) - 1)
-        if trie is not None:
-            wanted.extend(range(len(tokens), len(tokens) + len(trie.tokens)))
-            tokens.extend(trie.tokens)
-            positions.extend(length - 1 + depth for depth in trie.depths)
-        reaches.extend([reach(request, plan)] * (len(tokens) - len(reaches)))
+        asked.extend((len(wanted) + index, token) for index, token in layout.asked)
+        wanted.extend(begin + index for index in layout.wanted)
+        tokens.extend(layout.tokens)
+        positions.extend(layout.positions)
+        reaches.extend([reach(request, plan)] * len(layout.tokens))
         if cache is not None:
-            owners.extend([slots[row]] * length)
+            owners.extend([slots[row]] * len(layout.tokens))
     real = len(tokens)
-    padding = _smallest(plan.prefill_tokens, real) - real
-    wanted += [0] * (_smallest(plan.logit_rows, len(wanted)) - len(wanted))
+    padding = next(size for size in plan.prefill_tokens if size >= real) - real
     positions_T = torch.tensor(positions + [0] * padding, device=device)
     write = None
     if cache is not None:
@@ -113,28 +162,16 @@ def pack(
     return PackedPass(
         tokens_T=torch.tensor(tokens + [0] * padding, device=device),
         positions_T=positions_T,
-        wanted_L=torch.tensor(wanted, device=device),
         attention=PackedPrefill(tuple(spans), write, torch.tensor(reaches + [0] * padding, device=device)),
-        first_logits=tuple(firsts),
+        wanted=wanted,
+        first_wanted=firsts,
+        asked=asked,
         real_tokens=real,
     )
 
 
-def candidate_logprobs(logprobs_LV: Tensor, first: int, request: Request) -> tuple[float, ...]:
-    """Each candidate's summed log-probability; `first` is the request's first row of the logits."""
-    paths = build_trie(request.candidates).paths
-    rows = [first + node - PROMPT_END for path in paths for node in path]
-    columns = [token for candidate in request.candidates for token in candidate]
-    device = logprobs_LV.device
-    steps = iter(logprobs_LV[torch.tensor(rows, device=device), torch.tensor(columns, device=device)].double().tolist())
-    return tuple(sum(next(steps) for _ in candidate) for candidate in request.candidates)
-
-
-def _mask(trie: CandidateTrie | None, device: torch.device) -> TrieMask | None:
+def _mask(request: Request, device: torch.device) -> TrieMask | None:
+    trie = build_trie(request.candidates) if request.candidates else None
     if trie is None or not trie.tokens:
         return None
     return TrieMask(torch.tensor(trie.ancestors(), device=device), torch.tensor(trie.depths, device=device))
-
-
-def _smallest(shapes: Sequence[int], needed: int) -> int:
-    return next(shape for shape in shapes if shape >= needed)

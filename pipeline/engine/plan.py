@@ -17,7 +17,8 @@ CPU_SLOTS = 64
 CUDA_SLOTS = 512
 CPU_PREFILL_TOKENS = 512
 CUDA_PREFILL_TOKENS = 8192
-SHARED_LOGIT_ROWS = 256
+CPU_LOGIT_ROWS = 64
+CUDA_LOGIT_ROWS = 256
 AUTO_MAX_LEN = 8192
 """The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
 MIB, GIB = 1024**2, 1024**3
@@ -61,16 +62,16 @@ class LengthClass:
 class EnginePlan:
     """Every shape the engine may run.
 
-    `prefill_tokens` are the sizes of a packed prefill pass in tokens and `logit_rows` the numbers of
-    positions whose logits one pass computes, both ascending. The first is what rows share, as many as
-    fit; a row that needs more runs alone in the smallest that holds it. So the row decides on the size,
-    never its neighbours: libraries choose their way of summing up by the size of a product. For the same
-    reason a decode step always runs all slots of its class.
+    `prefill_tokens` are the sizes of a packed prefill pass in tokens, ascending. The first is what rows
+    share, as many as fit; a row that needs more runs alone in the smallest that holds it. So the row
+    decides on the size, never its neighbours: libraries choose their way of summing up by the size of a
+    product. For the same reason a decode step always runs all slots of its class, and the logits of a
+    prefill pass are computed in slices of always `logit_rows` positions.
     """
 
     length_classes: tuple[LengthClass, ...]
     prefill_tokens: tuple[int, ...]
-    logit_rows: tuple[int, ...]
+    logit_rows: int
     vocab: int
     kv_bytes: int
 
@@ -89,7 +90,6 @@ class EnginePlan:
         values = dict(stored)
         values["length_classes"] = tuple(LengthClass(**c) for c in stored["length_classes"])
         values["prefill_tokens"] = tuple(stored["prefill_tokens"])
-        values["logit_rows"] = tuple(stored["logit_rows"])
         return cls(**values)
 
 
@@ -117,9 +117,10 @@ def longest_rows(geometry: ModelGeometry, settings: EngineSettings, model_max_le
 
 
 def largest_pass(settings: EngineSettings, longest: int, device_type: str) -> tuple[int, int]:
-    """Tokens and logit positions of the largest pass that rows up to `longest` tokens share or fill."""
+    """Tokens of the largest pass that rows up to `longest` tokens share or fill, and positions of a slice of logits."""
     tokens = _shared_tokens(settings, device_type)
-    return max(tokens, round_up(longest)), min(SHARED_LOGIT_ROWS, tokens)
+    logit_rows = CUDA_LOGIT_ROWS if device_type == "cuda" else CPU_LOGIT_ROWS
+    return max(tokens, round_up(longest)), min(logit_rows, tokens)
 
 
 def plan_engine(
@@ -140,11 +141,11 @@ def plan_engine(
     classes = _fit_classes(
         _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
     )
-    largest, shared_logit_rows = largest_pass(settings, longest, device_type)
+    largest, logit_rows = largest_pass(settings, longest, device_type)
     return EnginePlan(
         length_classes=classes,
         prefill_tokens=_sizes(_shared_tokens(settings, device_type), largest),
-        logit_rows=_sizes(shared_logit_rows, largest),
+        logit_rows=logit_rows,
         vocab=geometry.vocab,
         kv_bytes=_total_bytes(classes, token_bytes),
     )

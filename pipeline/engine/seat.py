@@ -18,8 +18,7 @@ WINDOW_MARGIN = 8
 
 def reach(request: Request, plan: EnginePlan) -> int:
     """The longest the row can become, in tokens."""
-    answer = max((len(c) for c in request.candidates), default=request.sampling.max_new_tokens)
-    return min(len(request.prompt_ids) + answer, plan.max_len)
+    return min(len(request.prompt_ids) + request.answer_tokens, plan.max_len)
 
 
 @dataclass(slots=True)

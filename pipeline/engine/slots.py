@@ -89,7 +89,7 @@ class SlotBatch:
             if seen_BV is not None:
                 seen_BV.scatter_(1, tokens_B[:, None], True)
             attention = SlotDecode(self.cache, slots_B, positions_B, self._reach_B)
-            logits_BV = model.logits(tokens_B, positions_B, attention, None)
+            logits_BV = model.head(model.hidden(tokens_B, positions_B, attention))
             sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
             self._advance(sampled[-1].tokens_B)
         taken = sorted(self.seats)

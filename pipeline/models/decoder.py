@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +27,22 @@ class TransformersDecoder:
         self.dtype = dtype
         self.device = device
         self._row_ropes = [module for module in model.modules() if isinstance(module, RowLongRope)]
+        self._layers: nn.Module = getattr(model, str(model.base_model_prefix))
+        self._head = head_of(model)
 
-    def logits(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass, wanted_L: Tensor | None
-    ) -> Tensor:
-        """Float32 logits [L, V] at the pass's indices `wanted_L` (all T if None)."""
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass) -> Tensor:
+        """What the output head takes, of every token of the pass: [T, hidden size]."""
         for rope in self._row_ropes:
             rope.reach_T = attention.reach_T
-        out = self.model(
-            input_ids=tokens_T[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            logits_to_keep=0 if wanted_L is None else wanted_L,
-            attention_pass=attention,
+        out = self._layers(
+            input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, attention_pass=attention
         )
-        logits_LV: Tensor = out.logits[0].float()
+        hidden_TC: Tensor = out.last_hidden_state[0]
+        return hidden_TC
+
+    def head(self, hidden_LC: Tensor) -> Tensor:
+        """Float32 logits [L, V] of L hidden states."""
+        logits_LV: Tensor = self._head(inputs_embeds=hidden_LC[None]).logits[0].float()
         return logits_LV
 
     def quant_linears(self) -> Iterator[tuple[str, QuantLinear]]:
@@ -61,3 +65,23 @@ class TransformersDecoder:
         """Bytes of parameters and quantized weights on the device, cached dequantized weights not counted."""
         dense = {t.data_ptr(): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(dense.values()) + sum(linear.stored_bytes for _, linear in self.quant_linears())
+
+
+class _NoLayers(nn.Module):
+    """Stands in a causal model where its layers were: what goes in as embeddings comes out as hidden states."""
+
+    def forward(self, *tokens: Any, inputs_embeds: Tensor, **others: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            last_hidden_state=inputs_embeds, past_key_values=None, hidden_states=None, attentions=None
+        )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """A causal model without its layers: the output head with all that an architecture does to its logits.
+
+    It shares the model's weights. Scales and caps of the logits are in the model's own forward, not in a
+    module that could be called by itself.
+    """
+    head = copy.copy(model)
+    head._modules = {**model._modules, str(model.base_model_prefix): _NoLayers()}
+    return head

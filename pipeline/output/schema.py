@@ -32,6 +32,7 @@ _BY_TASK = {
         ("margin", pa.float64()),
         ("entropy", pa.float64()),
     ),
+    "score": (("target_logprob", pa.float64()), ("target_tokens", pa.int32())),
 }
 
 _LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float64())])
@@ -39,6 +40,7 @@ _LOGPROBS = pa.list_(pa.struct([*_LOGPROB, pa.field("top", pa.list_(_LOGPROB))])
 _ON_REQUEST = {
     "token_ids": pa.list_(pa.int32()),
     "logprobs": _LOGPROBS,
+    "prompt_logprob": pa.float64(),
     "choices": pa.list_(
         pa.struct(
             [
@@ -57,7 +59,7 @@ _ON_REQUEST = {
 def output_fields(task: str, on_request: Sequence[str] = (), labels: Sequence[str] | None = None) -> list[pa.Field]:
     """The columns that a task adds to its rows, all nullable; ConfigError for an unknown task.
 
-    `on_request` names those that are there only if asked for: token_ids, logprobs, choices. `labels`
+    `on_request` names those that are there only if asked for: token_ids, logprobs, prompt_logprob, choices. `labels`
     are those of the run; None if each row has its own.
     """
     if task not in _BY_TASK:

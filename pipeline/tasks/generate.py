@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.core import Completion, Request, SamplingParams
 from pipeline.tasks.sampling import row_params
+from pipeline.tasks.task import RequestId, Row, row_by_row
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
@@ -27,18 +28,20 @@ class GenerateTask:
         self._on_request = on_request
         self._sampling = sampling
         self._decode = decode
-        self.answer_tokens = sampling.max_new_tokens
         self._sampling_columns = sampling_columns or {}
         self.columns: tuple[str, ...] = tuple(self._sampling_columns.values())
 
-    def request(self, request_id: tuple[str, int], prompt_ids: tuple[int, ...], row: Mapping[str, Any]) -> Request:
-        """The row's request, under the run's sampling parameters or its own; ValueError if those are unusable."""
+    def requests(self, ids: Sequence[RequestId], rows: Sequence[Row]) -> list[Request | str]:
+        """The rows' requests, under the run's sampling parameters or their own; the reason where those are unusable."""
+        return row_by_row(self._request, ids, rows)
+
+    def _request(self, request_id: RequestId, row: Row) -> Request:
         sampling = self._sampling
         if self._sampling_columns:
             sampling = row_params(sampling, self._sampling_columns, row)
-        return Request(id=request_id, prompt_ids=prompt_ids, sampling=sampling)
+        return Request(id=request_id, prompt_ids=(), sampling=sampling)
 
-    def results(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def results(self, completions: Sequence[Completion], rows: Sequence[Row]) -> dict[str, list[Any]]:
         """Text, number of tokens (the stop token not counted) and log-probabilities; null in error rows."""
         texts = self._texts([choice for c in completions for choice in c.choices or (c,)])
         columns = {name: [_VALUES[name](c, texts[id(_first(c))]) for c in completions] for name in self._columns()}
@@ -73,7 +76,8 @@ def _choices(completion: Completion, texts: Mapping[int, str | None]) -> list[di
     ]
 
 
-def _logprobs(answer: Completion) -> list[dict[str, Any]] | None:
+def token_logprobs(answer: Completion) -> list[dict[str, Any]] | None:
+    """The column `logprobs`: the steps with their alternatives, null in error rows."""
     if answer.error is not None:
         return None
     return [
@@ -92,5 +96,5 @@ _VALUES: Mapping[str, Callable[[Completion, str | None], Any]] = {
     "completion_tokens": lambda answer, text: len(answer.token_ids),
     "cumulative_logprob": lambda answer, text: answer.cumulative_logprob,
     "token_ids": lambda answer, text: None if answer.error is not None else list(answer.token_ids),
-    "logprobs": lambda answer, text: _logprobs(answer),
+    "logprobs": lambda answer, text: token_logprobs(answer),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.core import Completion, Request
 from pipeline.errors import ConfigError
 from pipeline.settings import TaskSettings
+from pipeline.tasks.task import RequestId, Row, row_by_row
 
 Encode = Callable[[str], tuple[int, ...]]
 
@@ -77,19 +78,20 @@ class LabelTask:
         if settings.label_eos and not self._stop:
             raise ConfigError("task.label_eos=true, but the checkpoint names no end token; use task.label_eos=false")
         self._fixed: LabelSet | None = None
-        self.answer_tokens = 1
         if not isinstance(settings.labels, str):
             try:
                 self._fixed = self._make(tuple(settings.labels.items()))
             except ValueError as error:
                 raise ConfigError(f"task.labels: {error}") from error
-            self.answer_tokens = max(map(len, self._fixed.token_ids))
 
-    def request(self, request_id: tuple[str, int], prompt_ids: tuple[int, ...], row: Mapping[str, Any]) -> Request:
-        """The row's request with its labels as candidates; ValueError if the row's own labels are unusable."""
-        return Request(id=request_id, prompt_ids=prompt_ids, candidates=self._labels_of(row).token_ids)
+    def requests(self, ids: Sequence[RequestId], rows: Sequence[Row]) -> list[Request | str]:
+        """The rows' requests with their labels as candidates; the reason where a row's own labels are unusable."""
+        return row_by_row(self._request, ids, rows)
 
-    def results(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def _request(self, request_id: RequestId, row: Row) -> Request:
+        return Request(id=request_id, prompt_ids=(), candidates=self._labels_of(row).token_ids)
+
+    def results(self, completions: Sequence[Completion], rows: Sequence[Row]) -> dict[str, list[Any]]:
         """Label, distribution, margin and entropy; all null in error rows, the label also where the task abstains."""
         columns: dict[str, list[Any]] = {
             name: []
@@ -103,7 +105,7 @@ class LabelTask:
                 columns[name].append(value)
         return columns
 
-    def _result(self, completion: Completion, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _result(self, completion: Completion, row: Row) -> dict[str, Any]:
         if completion.error is not None:
             nothing = ("completion", "cumulative_logprob", "label", "label_probs", "label_logprob", "margin", "entropy")
             return {"completion_tokens": 0, **dict.fromkeys(nothing)}
@@ -127,7 +129,7 @@ class LabelTask:
         pairs = list(zip(labels.names, values, strict=True))
         return pairs if self._fixed is None else dict(pairs)
 
-    def _labels_of(self, row: Mapping[str, Any]) -> LabelSet:
+    def _labels_of(self, row: Row) -> LabelSet:
         if self._fixed is not None:
             return self._fixed
         assert self._column is not None

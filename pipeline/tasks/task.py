@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pipeline.core import Completion, Request
 from pipeline.data.source import Chunk
-from pipeline.tasks.generate import GenerateTask
-from pipeline.tasks.label import LabelTask
 
 RequestId = tuple[str, int]
 """Chunk id and the row's index in the chunk."""
+Row = Mapping[str, Any]
 
 
 class Task(Protocol):
-    """`columns` are the input columns it reads besides the prompt's, `answer_tokens` the room an answer needs."""
+    """`columns` are the input columns it reads besides the prompt's."""
 
     kind: str
     columns: tuple[str, ...]
-    answer_tokens: int
 
-    def request(self, request_id: RequestId, prompt_ids: tuple[int, ...], row: Mapping[str, Any]) -> Request:
-        """The row's request; raises ValueError with the reason if the row cannot be asked."""
+    def requests(self, ids: Sequence[RequestId], rows: Sequence[Row]) -> list[Request | str]:
+        """Each row's request, still without its prompt, or the reason why the row cannot be asked."""
         ...
 
-    def results(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def results(self, completions: Sequence[Completion], rows: Sequence[Row]) -> dict[str, list[Any]]:
         """The task's output columns for completed rows, error rows included, in the same order."""
         ...
 
@@ -40,4 +38,14 @@ def common_results(chunk: Chunk, completions: Sequence[Completion]) -> dict[str,
     }
 
 
-__all__ = ["GenerateTask", "LabelTask", "RequestId", "Task", "common_results"]
+def row_by_row(
+    make: Callable[[RequestId, Row], Request], ids: Sequence[RequestId], rows: Sequence[Row]
+) -> list[Request | str]:
+    """What `make` gives for each row, or why it raised ValueError."""
+    made: list[Request | str] = []
+    for request_id, row in zip(ids, rows, strict=True):
+        try:
+            made.append(make(request_id, row))
+        except ValueError as error:
+            made.append(str(error))
+    return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def varied_rows(count: int, seed: int = 0) -> list[Request]:
 
 def _varied_row(rng: random.Random, n: int) -> Request:
     prompt = random_prompt(rng, rng.choice([1, 2, 7, 8, 9, 31, 33, 100, 129, 230, 270, 400]))
+    if n % 8 == 7:
+        return _text_row(rng, n, prompt)
     if n % 4 == 3:
         candidates = tuple(random_prompt(rng, rng.choice([1, 2, 3])) for _ in range(rng.choice([2, 7])))
         shared = tuple((17, 18, token) for token in range(20, 23))
@@ -49,6 +52,20 @@ def _varied_row(rng: random.Random, n: int) -> Request:
         id=n,
         prompt_ids=prompt,
         sampling=SamplingParams(max_new_tokens=rng.choice([1, 6, 17]), stop_token_ids=tuple(range(2, 40)), **settings),
+    )
+
+
+def _text_row(rng: random.Random, n: int, prompt: tuple[int, ...]) -> Request:
+    """A target, the prompt or both to score, with or without the likeliest tokens at each place."""
+    kind = n // 8
+    target = random_prompt(rng, rng.choice([1, 2, 40, 100])) if kind % 3 else ()
+    sampling = SamplingParams(logprobs=(None, 0, 2, 5)[kind % 4])
+    return Request(
+        id=n,
+        prompt_ids=(5, *prompt),
+        sampling=sampling,
+        target_ids=target,
+        score_prompt=not target or kind % 2 == 0,
     )
 
 
@@ -97,10 +114,7 @@ def test_other_neighbours(wide: Callable[..., EngineUnderTest], dtype: torch.dty
     rows, others = varied_rows(24), varied_rows(60, seed=99)
     engine = wide(dtype, quant)
     expected = engine.answer(rows)
-    crowd = rows + [
-        Request(id=("other", r.id), prompt_ids=r.prompt_ids, sampling=r.sampling, candidates=r.candidates)
-        for r in others
-    ]
+    crowd = rows + [replace(r, id=("other", r.id)) for r in others]
     answers = engine.answer(random.Random(2).sample(crowd, len(crowd)))
     assert {n: answers[n] for n in expected} == expected
 
@@ -174,7 +188,7 @@ def test_matrix_products_of_listed_shapes_give_a_row_equal_bits(
     They do depend on the size, with some libraries, dtypes and numbers of threads.
     """
     plan = build_engine(checkpoint_folder("llama")).plan
-    listed = {*plan.prefill_tokens, *plan.logit_rows, *(c.slots for c in plan.length_classes)}
+    listed = {*plan.prefill_tokens, plan.logit_rows, *(c.slots for c in plan.length_classes)}
     assert max(listed) >= MAX_POSITIONS
     torch.manual_seed(0)
     weight = torch.randn(out_features, in_features).to(dtype)

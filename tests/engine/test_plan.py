@@ -53,14 +53,14 @@ def test_every_shape_is_a_multiple_of_16_and_holds_the_longest_row(
     device: str, longest: int, slots: int | None, prefill_tokens: int | None
 ) -> None:
     plan = make_plan(1 << 50, device, longest, slots=slots, prefill_tokens=prefill_tokens)
-    for sizes in (plan.prefill_tokens, plan.logit_rows, [c.slots for c in plan.length_classes]):
+    for sizes in (plan.prefill_tokens, [plan.logit_rows], [c.slots for c in plan.length_classes]):
         assert all(n > 0 and n % 16 == 0 for n in sizes)
     assert plan.max_len == longest
     assert list(plan.prefill_tokens) == sorted(set(plan.prefill_tokens))
-    assert list(plan.logit_rows) == sorted(set(plan.logit_rows))
     assert max(plan.prefill_tokens) >= longest
     assert all(b <= 2 * a for a, b in pairwise(plan.prefill_tokens)), "a row alone fills at least half"
     assert prefill_tokens is None or plan.prefill_tokens[0] - prefill_tokens in range(16)
+    assert plan.logit_rows <= plan.prefill_tokens[0]
     assert [c.max_len for c in plan.length_classes] == sorted({c.max_len for c in plan.length_classes})
 
 
@@ -138,28 +138,34 @@ def test_a_plan_survives_json(device: str, engine: dict[str, int]) -> None:
 
 
 class Spy:
-    """A model that notes the shape of each pass."""
+    """A model that notes the shape of each pass, and of each product with the output head."""
 
     def __init__(self, decoder: Any, looked_for: tuple[int, ...] = ()) -> None:
         """`met` are the shapes of the prefill passes that hold the tokens looked for."""
         self.decoder = decoder
         self.looked_for = list(looked_for)
-        self.met: set[tuple[int, int]] = set()
-        self.prefills: set[tuple[int, int]] = set()
+        self.met: set[int] = set()
+        self.prefills: set[int] = set()
         self.decodes: set[tuple[int, int]] = set()
+        self.heads: dict[bool, set[int]] = {True: set(), False: set()}
+        self.decoding = False
 
-    def logits(self, tokens_T: Tensor, positions_T: Tensor, attention: Any, wanted_L: Tensor | None) -> Tensor:
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Any) -> Tensor:
         assert tokens_T.shape == positions_T.shape
-        if isinstance(attention, SlotDecode):
-            assert wanted_L is None
+        self.decoding = isinstance(attention, SlotDecode)
+        if self.decoding:
             self.decodes.add((tokens_T.shape[0], attention.cache.max_len))
         else:
-            assert wanted_L is not None
-            self.prefills.add((tokens_T.shape[0], wanted_L.shape[0]))
+            self.prefills.add(tokens_T.shape[0])
             starts = [row.start for row in attention.rows]
             if self.looked_for in [tokens_T[s : s + len(self.looked_for)].tolist() for s in starts]:
-                self.met.add((tokens_T.shape[0], wanted_L.shape[0]))
-        logits: Tensor = self.decoder.logits(tokens_T, positions_T, attention, wanted_L)
+                self.met.add(tokens_T.shape[0])
+        hidden: Tensor = self.decoder.hidden(tokens_T, positions_T, attention)
+        return hidden
+
+    def head(self, hidden_LC: Tensor) -> Tensor:
+        self.heads[self.decoding].add(hidden_LC.shape[0])
+        logits: Tensor = self.decoder.head(hidden_LC)
         return logits
 
 
@@ -177,14 +183,17 @@ def test_only_listed_shapes_are_run(
         if n % 3 == 0:
             candidates = tuple(random_prompt(rng, rng.randrange(1, 9)) for _ in range(rng.choice([1, 5, 15])))
             rows.append(Request(id=n, prompt_ids=prompt, candidates=candidates))
+        elif n % 7 == 0:
+            rows.append(Request(id=n, prompt_ids=(5, *prompt), target_ids=(6,) * (n % 2), score_prompt=True))
         else:
             rows.append(greedy(n, prompt, rng.choice([1, 3, 20])))
     running = under_test.engine(spy)
     assert len(drive(running, rows, polls_between=0)) == 150
     drive(running, rows[:40], polls_between=1)
     assert len(spy.prefills) > 1 or len(plan.prefill_tokens) == 1
-    assert all(tokens in plan.prefill_tokens and rows_ in plan.logit_rows for tokens, rows_ in spy.prefills)
+    assert spy.prefills <= set(plan.prefill_tokens)
     assert spy.decodes == {(c.slots, c.max_len) for c in plan.length_classes}
+    assert spy.heads == {False: {plan.logit_rows}, True: {c.slots for c in plan.length_classes}}
 
 
 @pytest.mark.parametrize("scored", [False, True])

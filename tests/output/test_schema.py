@@ -31,13 +31,14 @@ LABEL = COMMON | {
     "margin": "double",
     "entropy": "double",
 }
+SCORE = COMMON | {"target_logprob": "double", "target_tokens": "int32"}
 INPUT = pa.schema(
     [("id", pa.int64()), ("prompt", pa.string()), ("tags", pa.list_(pa.string()))],
     metadata={"pandas": "{}", "huggingface": '{"info": {}}'},
 )
 
 
-@pytest.mark.parametrize(("task", "expected"), [("generate", COMMON), ("label", LABEL)])
+@pytest.mark.parametrize(("task", "expected"), [("generate", COMMON), ("label", LABEL), ("score", SCORE)])
 def test_the_columns_of_a_task(task: str, expected: dict[str, str]) -> None:
     assert [(field.name, str(field.type)) for field in output_fields(task)] == [
         (name, str(pa.map_(pa.string(), pa.float64())) if kind.startswith("map") else kind)
@@ -80,7 +81,7 @@ def test_a_choice_has_the_columns_of_an_answer() -> None:
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ConfigError, match="task must be one of generate, label, got rank"):
+    with pytest.raises(ConfigError, match="task must be one of generate, label, score, got rank"):
         output_fields("rank")
 
 

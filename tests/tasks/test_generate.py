@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import PACKAGE
-from pipeline.core import Completion, FinishReason, SamplingParams
+from pipeline.core import Completion, FinishReason, Request, SamplingParams
 from pipeline.data.source import Chunk
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
@@ -69,9 +69,9 @@ def test_the_columns_are_those_of_the_schema() -> None:
 
 def test_a_request_has_the_run_s_sampling() -> None:
     sampling = SamplingParams(max_new_tokens=3, stop_token_ids=(1,))
-    request = GenerateTask(sampling, lambda ids: []).request(("chunk", 7), (4, 5), {})
-    assert (request.id, request.prompt_ids, request.sampling) == (("chunk", 7), (4, 5), sampling)
-    assert request.candidates == ()
+    (request,) = GenerateTask(sampling, lambda ids: []).requests([("chunk", 7)], [{}])
+    assert request == Request(id=("chunk", 7), prompt_ids=(), sampling=sampling)
+    assert request.answer_tokens == 3
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------

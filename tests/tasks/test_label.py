@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from pipeline.core import Completion, FinishReason, Request
+from pipeline.core import Completion, FinishReason
 from pipeline.errors import ConfigError
 from pipeline.output.schema import output_fields
 from pipeline.settings import TaskSettings
@@ -51,9 +51,12 @@ def result(made: LabelTask, completion: Completion, row: dict[str, Any] | None =
 
 
 def candidates(made: LabelTask, row: dict[str, Any] | None = None) -> list[str]:
-    """What a row's request asks for, as text."""
-    request: Request = made.request(("chunk", 0), (1, 2), row or {})
-    assert request.prompt_ids == (1, 2)
+    """What a row's request asks for, as text; ValueError with the reason if it cannot be asked."""
+    (request,) = made.requests([("chunk", 0)], [row or {}])
+    if isinstance(request, str):
+        raise ValueError(request)
+    assert request.prompt_ids == ()
+    assert request.answer_tokens == max(map(len, request.candidates))
     return [bytes(ids).decode() for ids in request.candidates]
 
 

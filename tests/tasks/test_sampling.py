@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core import SamplingParams
+from pipeline.core import Request, SamplingParams
 from pipeline.tasks.generate import GenerateTask
 from pipeline.tasks.sampling import row_params
 
@@ -84,9 +85,10 @@ def test_a_null_keeps_the_run_s_value(name: str) -> None:
 def test_an_unusable_value_is_the_row_s_error(name: str, value: Any, reason: str) -> None:
     task = GenerateTask(BASE, lambda ids: [], {name: "c"})
     assert task.columns == ("c",)
-    with pytest.raises(ValueError, match=reason) as caught:
-        task.request(("chunk", 0), (1,), {"c": value})
-    assert "\n" not in str(caught.value)
+    refused, taken = task.requests([("chunk", 0), ("chunk", 1)], [{"c": value}, {"c": None}])
+    assert isinstance(refused, str) and re.search(reason, refused)
+    assert "\n" not in refused
+    assert taken == Request(id=("chunk", 1), prompt_ids=(), sampling=BASE)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=2)
