@@ -262,6 +262,8 @@ MISTAKES = [
     (("quant=bnb-int8", "quant.double_quant=true"), r"quant\.double_quant is no key of the chosen quant"),
     (("+quant.kernel=reference",), r"quant\.kernel is a key already; .* quant\.kernel=\.\.\."),
     (("task.labels=[a,b]",), r"task\.labels is no key of the chosen task; it belongs to task=label"),
+    (("task.target=text",), r"task\.target is no key of the chosen task; it belongs to task=score"),
+    (("task=score", "task.prompt_logprob=maybe"), r"task\.prompt_logprob"),
     # what a choice fixes, and groups that are no choice
     (("quant.method=bnb",), r"quant\.method is set by the choice .* quant=\.\.\."),
     (("data.kind=jsonl",), r"data\.kind is set by the choice"),

@@ -87,6 +87,8 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         ("task", "abstain_below", 0.5),
         ("task", "messages", "chat"),
         ("task", "too_long", "truncate_left"),
+        ("task", "target", "text"),
+        ("task", "prompt_logprob", True),
         ("sampling", "seed", 3),
         ("sampling", "temperature", None),
         ("sampling", "temperature", 1.0),

@@ -44,6 +44,7 @@ def rows_of(prompts: list[tuple[int, ...]], name: str) -> list[Request]:
         rows.append(greedy((name, "greedy", n), prompt, 9, BROKEN))
         rows.append(Request(id=(name, "sampled", n), prompt_ids=prompt, sampling=sampled))
         rows.append(Request(id=(name, "scored", n), prompt_ids=prompt, candidates=((5, 6), (5, 7), (8,))))
+        rows.append(Request(id=(name, "text", n), prompt_ids=prompt, target_ids=(5, 6, 7), score_prompt=n % 2 > 0))
     return rows
 
 
@@ -65,7 +66,7 @@ def test_only_rows_with_the_broken_token_are_error_rows(
         assert completion.finish_reason is FinishReason.ERROR
         assert "not finite" in (completion.error or "")
         assert completion.token_ids == completion.candidate_logprobs == ()
-        assert completion.cumulative_logprob is None
+        assert completion.cumulative_logprob is completion.prompt_logprob is None
     assert {row.id: answers[row.id] for row in good} == whole
     assert all(c.error is None for c in whole.values())
 

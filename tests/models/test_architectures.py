@@ -18,7 +18,7 @@ import torch
 from oracle import greedy, oracle_generate_all, oracle_logits, oracle_logprob, pass_logits, random_prompt
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.core import Request
+from pipeline.core import Completion, Request
 from pipeline.errors import ConfigError
 from pipeline.models.architecture import ROPE_TYPES, SUPPORTED, load_config
 
@@ -163,13 +163,15 @@ def check(reference: Callable[..., Any], build_engine: Callable[..., Any]) -> Ca
         assert_diverse([t for answer in expected.values() for t in answer.token_ids])
         under_test = build_engine(folder, slots=16, max_len=max_len, prefill_tokens=256)
         assert under_test.decoder.unused_tensors == ()
-        answers = under_test.answer([*rows, *scored(rows)])
+        answers = under_test.answer([*rows, *scored(rows), *texts(rows)])
         for row in rows:
             assert answers[row.id].token_ids == expected[row.id].token_ids, f"{len(row.prompt_ids)} tokens"
         for row in scored(rows):
             logprobs = [oracle_logprob(model, row.prompt_ids, c) for c in CANDIDATES]
             assert answers[row.id].candidate_logprobs == pytest.approx(logprobs, abs=CLOSE)
-        for row in (rows[-1], scored(rows)[0]):
+        for row in texts(rows):
+            check_text(model, row, answers[row.id])
+        for row in (rows[-1], scored(rows)[0], texts(rows)[-1]):
             assert under_test.answer([row]) == {row.id: answers[row.id]}, "the row alone"
 
     return check
@@ -187,6 +189,29 @@ def scored(rows: Sequence[Request]) -> list[Request]:
     return [
         Request(id=("scored", n), prompt_ids=r.prompt_ids, candidates=CANDIDATES) for n, r in sorted(by_length.items())
     ]
+
+
+def texts(rows: Sequence[Request]) -> list[Request]:
+    """One row of each length with a target, its prompt scored too; together longer than the windows."""
+    rng = random.Random(1)
+    by_length = {len(r.prompt_ids): r for r in rows}
+    return [
+        Request(
+            id=("text", n),
+            prompt_ids=r.prompt_ids,
+            target_ids=random_prompt(rng, NEW_TOKENS + n % 2, VOCAB),
+            score_prompt=True,
+        )
+        for n, r in sorted(by_length.items())
+    ]
+
+
+def check_text(model: Any, row: Request, answer: Completion) -> None:
+    """Prompt and target of a scored row against one forward over both."""
+    text = (*row.prompt_ids, *row.target_ids)
+    expected = (oracle_logprob(model, text[:1], text[1:]), oracle_logprob(model, row.prompt_ids, row.target_ids))
+    assert answer.cumulative_logprob == pytest.approx(expected[1], abs=CLOSE)
+    assert (answer.prompt_logprob or 0.0) + (answer.cumulative_logprob or 0.0) == pytest.approx(expected[0], abs=CLOSE)
 
 
 def assert_diverse(tokens: Sequence[int]) -> None:
@@ -283,6 +308,9 @@ def test_long_rope_is_chosen_by_what_the_row_can_reach(
     for name, oracle in (("within", model), ("beyond", long_model)):
         logprobs = [oracle_logprob(oracle, prompt, c) for c in candidates[name]]
         assert answers[name].candidate_logprobs == pytest.approx(logprobs, abs=CLOSE)
+    for length, oracle in ((2, model), (3, long_model)):
+        row = Request(id=0, prompt_ids=prompt, target_ids=(5, 6, 7)[:length], score_prompt=True)
+        check_text(oracle, row, under_test.answer([row])[0])
 
 
 def test_short_and_long_factors_differ_in_the_answers(long_folder: Path, load_decoder: Callable[..., Any]) -> None:

@@ -70,7 +70,14 @@ def test_columns_on_request_come_last(asked: tuple[str, ...]) -> None:
         with pytest.raises(ConfigError, match=rf"columns {', '.join(asked)} have .* set output\.columns to .*: \[id\]"):
             results_schema(taken, None, "generate", {}, asked)
     assert results_schema(taken, ["id"], "generate", {}, asked).names == ["id", *COMMON, *asked]
+
     assert results_schema(taken, None, "generate", {}).names == [*taken.names, *COMMON]
+
+
+def test_a_scored_prompt_is_on_request() -> None:
+    fields = output_fields("score", ("token_ids", "prompt_logprob"))
+    assert [field.name for field in fields] == [*SCORE, "token_ids", "prompt_logprob"]
+    assert fields[-1].type == pa.float64()
 
 
 def test_a_choice_has_the_columns_of_an_answer() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EngineUnderTest, oracle_logits, pass_logits, random_prompt
+from oracle import EngineUnderTest, oracle_logits, oracle_logprob, pass_logits, random_prompt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -98,6 +98,30 @@ def test_logits_equal_those_of_the_dequantized_model(
     for length in (1, 17, 200):
         prompt = random_prompt(random.Random(length), length)
         assert float((pass_logits(decoder, prompt).double() - oracle_logits(model, prompt)).abs().max()) < 1e-4
+
+
+@each_quant
+@each_model
+def test_scored_texts_equal_those_of_the_dequantized_model(
+    name: str, quant: str, checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
+) -> None:
+    """Targets and prompts, of the length of a token and longer than a pass, in float32."""
+    folder = checkpoint_folder(name)
+    model = make_dense(load_bnb(folder, torch.float32, QUANTS[quant]))
+    rng = random.Random(0)
+    rows = [
+        Request(
+            id=n, prompt_ids=random_prompt(rng, before), target_ids=random_prompt(rng, behind), score_prompt=n % 2 > 0
+        )
+        for n, (before, behind) in enumerate([(1, 1), (20, 1), (20, 30), (3, 150), (150, 3)])
+    ]
+    answers = build_engine(folder, torch.float32, quant, prefill_tokens=64).answer(rows)
+    for row in rows:
+        target = oracle_logprob(model, row.prompt_ids, row.target_ids)
+        assert answers[row.id].cumulative_logprob == pytest.approx(target, abs=2e-5 * len(row.target_ids) + 1e-5)
+        if row.score_prompt:
+            prompt = oracle_logprob(model, row.prompt_ids[:1], row.prompt_ids[1:])
+            assert answers[row.id].prompt_logprob == pytest.approx(prompt, abs=2e-5 * len(row.prompt_ids))
 
 
 @each_quant

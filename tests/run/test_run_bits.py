@@ -8,13 +8,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from harness import TINY, environment, label_args, results, run_cli, run_here, write
+from harness import TINY, environment, label_args, parts, prompt, results, run_cli, run_here, write
 
 SAMPLED = ["sampling.temperature=1.2", "sampling.top_k=100", "sampling.seed=3"]
+SHOWN = ["sampling.logprobs=3"]
 KINDS = {
     "greedy": ["sampling.max_new_tokens=12"],
     "sampled": ["sampling.max_new_tokens=12", *SAMPLED],
     "label": label_args({"a": "billing", "b": "the shop", "c": "the shopping list", "d": "crash of it"}),
+    "target": ["task=score", "task.target=prompt", prompt("Key {{ key }}:"), *SHOWN, "task.prompt_logprob=true"],
+    "prompt": ["task=score", "task.chat=false", "model.dtype=float32"],
 }
 DEPENDS_ON_PLACE = {"row_id"}
 
@@ -53,6 +56,7 @@ def test_bits_do_not_depend_on_place(
         "permuted, small chunks": [f"data.path={permuted}", "data.chunk_rows=9"],
         "sixteen slots": [f"data.path={varied}", "engine.slots=16", "data.chunk_rows=25"],
         "alone": [f"data.path={permuted}", "data.chunk_rows=1", "data.limit=3"],
+        "from the middle": [f"data.path={varied}", "data.chunk_rows=9", "shard.index=1", "shard.count=2"],
     }
     answers = {}
     for name, more in variants.items():
@@ -64,6 +68,10 @@ def test_bits_do_not_depend_on_place(
     for name, found in answers.items():
         assert found == {key: expected[key] for key in found}, name
         assert len(found) == (3 if name == "alone" else 60)
+    for part in parts(tmp_path / "from-the-middle")[1::3]:
+        part.unlink()
+    run_here(*args, *variants["from the middle"], f"output.dir={tmp_path / 'from-the-middle'}").done()
+    assert by_key(tmp_path / "from-the-middle") == expected, "some chunks done again, in other company"
 
 
 @pytest.mark.slow
