@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,28 @@ def test_scores_permuted_give_identical_bits(folder: Path, requests: list[Reques
     first = answers(engine(folder, torch.bfloat16, method), scored)
     second = answers(engine(folder, torch.bfloat16, method), random.Random(3).sample(scored, len(scored)))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scored_texts_permuted_give_identical_bits(
+    folder: Path, requests: list[Request], dtype: torch.dtype, method: str
+) -> None:
+    texts = [replace(r, target_ids=(5, 6, 7)[: r.id % 4], score_prompt=True) for r in requests if len(r.prompt_ids) > 1]  # type: ignore[operator]
+    first = answers(engine(folder, dtype, method), texts)
+    second = answers(engine(folder, dtype, method), random.Random(4).sample(texts, len(texts)))
+    assert first == second
+
+
+def test_scored_texts_equal_transformers(folder: Path, requests: list[Request]) -> None:
+    from transformers import LlamaForCausalLM
+
+    oracle = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).to(CUDA).eval()
+    texts = [replace(r, score_prompt=True) for r in requests[:40] if len(r.prompt_ids) > 1]
+    ours = answers(engine(folder, torch.float32, "none"), texts)
+    for text in texts:
+        ids = torch.tensor([text.prompt_ids], device=CUDA)
+        with torch.no_grad():
+            logprobs = torch.log_softmax(oracle(ids).logits[0], dim=-1)
+        expected = float(logprobs[:-1].gather(1, ids[0, 1:, None]).sum())
+        assert ours[text.id].prompt_logprob == pytest.approx(expected, abs=1e-4 * ids.shape[1])  # type: ignore[index]

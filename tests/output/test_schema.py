@@ -70,7 +70,6 @@ def test_columns_on_request_come_last(asked: tuple[str, ...]) -> None:
         with pytest.raises(ConfigError, match=rf"columns {', '.join(asked)} have .* set output\.columns to .*: \[id\]"):
             results_schema(taken, None, "generate", {}, asked)
     assert results_schema(taken, ["id"], "generate", {}, asked).names == ["id", *COMMON, *asked]
-
     assert results_schema(taken, None, "generate", {}).names == [*taken.names, *COMMON]
 
 
