@@ -12,7 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+QUERY_MULTIPLE = 16
+"""Rows of a product of queries and keys: with fewer, or a rest of one, BLAS libraries switch kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,25 @@ def attend_segment(
         return attend_reference(q_HTD, k_KSD, v_KSD, rule, mask_TS)
     out_1HTD, lse_1HT = flash(q_HTD[None], k_KSD[None], v_KSD[None], 0.0, False, scale=rule.scale)[:2]
     return out_1HTD[0], lse_1HT[0, :, : q_HTD.shape[1]]
+
+
+def attend_earlier(
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, positions_T: Tensor, rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries, which may be of several rows, to the S keys that they all stand behind.
+
+    One matrix product for all queries, padded to a multiple of `QUERY_MULTIPLE`, so that a query's bits do not
+    depend on the others. `positions_T` decides on what a window hides. Returns [H, T, D] and [H, T]; a query whose
+    window has left the segment behind gets zeros and a log-sum-exp of -inf.
+    """
+    tokens, segment = q_HTD.shape[1], k_KSD.shape[1]
+    padded_HTD = F.pad(q_HTD, (0, 0, 0, -tokens % QUERY_MULTIPLE))
+    mask_TS = None
+    if rule.window is not None:
+        key_S = torch.arange(segment, device=q_HTD.device)
+        mask_TS = key_S > F.pad(positions_T, (0, -tokens % QUERY_MULTIPLE))[:, None] - rule.window
+    out_HTD, lse_HT = attend_reference(padded_HTD, k_KSD, v_KSD, rule, mask_TS)
+    return out_HTD[:, :tokens], lse_HT[:, :tokens]
 
 
 def _flash_kernel(q_HTD: Tensor, rule: AttentionRule):  # type: ignore[no-untyped-def]  # torch's operators are untyped
