@@ -137,8 +137,8 @@ class DedupEngine:
 
 def _tokens(key: Request, completion: Completion) -> int:
     answers = completion.choices or (completion,)
-    labels = sum(map(len, key.candidates))
-    return 1 + len(key.prompt_ids) + labels + sum(len(answer.token_ids) for answer in answers)
+    scored = sum(map(len, key.candidates)) + len(key.target_ids) + len(completion.logprobs)
+    return 1 + len(key.prompt_ids) + scored + sum(len(answer.token_ids) for answer in answers)
 
 
 def _answer(request_id: Hashable, completion: Completion) -> list[Output]:

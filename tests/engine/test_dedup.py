@@ -31,6 +31,7 @@ def requests_with_repeats() -> list[Request]:
     )
     rows = [Request(id=0, prompt_ids=rng.choice(prompts), sampling=rng.choice(kinds)) for _ in range(60)]
     rows += [Request(id=0, prompt_ids=rng.choice(prompts), candidates=((5, 6), (7,))) for _ in range(20)]
+    rows += [Request(id=0, prompt_ids=prompts[n % 5], target_ids=(5, 6 + n % 3), sampling=kinds[2]) for n in range(20)]
     rng.shuffle(rows)
     return [replace(row, id=index) for index, row in enumerate(rows)]
 
@@ -66,6 +67,12 @@ def test_no_more_is_kept_than_the_limit(under_test: Any) -> None:
     passes = engine.counters.prefill_passes
     drive(engine, [replace(rows[0], id="again")])  # type: ignore[arg-type]
     assert engine.counters.prefill_passes == passes + 1
+
+
+def test_targets_count_against_the_limit(under_test: Any) -> None:
+    engine = DedupEngine(under_test.engine(), kept_tokens=40)
+    drive(engine, [Request(id=n, prompt_ids=(5,), target_ids=(6,) * 10 + (n,)) for n in range(9)])  # type: ignore[arg-type]
+    assert len(engine._kept) == 3
 
 
 def test_cancelling(under_test: Any) -> None:
