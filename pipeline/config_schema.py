@@ -145,6 +145,10 @@ class EngineSchema:
     slots: Any = doc("auto", "rows decoded together in the shortest length class, or auto")
     max_len: int | None = doc(None, "longest row in tokens the engine has room for; model.max_len if null")
     prefill_tokens: Any = doc("auto", "prompt tokens in one pass, or auto")
+    share_prefix: Any = doc(
+        True, "run what prompts begin with once: the template's own beginning; a number: also every so many tokens"
+    )
+    dedup: bool = doc(True, "run equal requests once")
 
 
 @dataclass

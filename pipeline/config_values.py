@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config_schema import COMPRESSIONS
 from pipeline.core import SamplingParams
-from pipeline.engine.plan import EngineSettings
+from pipeline.engine.plan import LEAST_SHARED, EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import KERNELS, QuantSettings
 from pipeline.redaction import redacted
@@ -211,7 +211,20 @@ def _engine(values: Mapping[str, Any]) -> EngineSettings:
         prefill_tokens=_positive(
             "engine.prefill_tokens", _auto_number("engine.prefill_tokens", values["prefill_tokens"], int)
         ),
+        share_prefix=_share_prefix(values["share_prefix"]),
+        dedup=values["dedup"],
     )
+
+
+def _share_prefix(value: Any) -> int | None:
+    """None: nothing is shared; 0: the template's beginning; else also every so many tokens."""
+    if isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, int) or value < LEAST_SHARED:
+        raise ConfigError(
+            f"engine.share_prefix must be true, false or a number of tokens from {LEAST_SHARED} on, got {value}"
+        )
+    return value
 
 
 def _output(values: Mapping[str, Any]) -> OutputSettings:

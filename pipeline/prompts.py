@@ -16,6 +16,10 @@ ANCHOR = "x"
 """Stands for a row's own text where only the text around it matters."""
 
 
+AFTER_HEAD = ("x", " the", "7", "\n", "É", '"', "- a", "語")
+"""What a row's own text may begin with: tells which tokens of the constant text before it stay as they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One row's prompt, or the reason why it has none."""
@@ -79,6 +83,20 @@ class PromptBuilder:
     def continuation(self, text: str) -> tuple[int, ...]:
         """Token ids of one text that continues any row's prompt."""
         return self.continuations([text])[0]
+
+    def constant_head(self) -> tuple[int, ...]:
+        """Token ids that prompts begin with, whatever the row: of the constant text before the row's own.
+
+        The last of that text's tokens may depend on what follows; those that do are left out.
+        """
+        head = "" if self._messages is not None else self._constant_texts()[0]
+        if not head:
+            return ()
+        encoded = self._tokenizer.encode([head + after for after in AFTER_HEAD], add_special_tokens=not self.is_chat)
+        same = 0
+        while all(len(ids) > same and ids[same] == encoded[0][same] for ids in encoded):
+            same += 1
+        return tuple(encoded[0][:same])
 
     def _text(self, row: Mapping[str, Any]) -> str | Prompt:
         try:

@@ -21,7 +21,7 @@ from pipeline.settings import RunConfig
 from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
 
 if TYPE_CHECKING:
-    from pipeline.engine.engine import Engine
+    from pipeline.engine.dedup import RequestEngine
     from pipeline.intake import Intake, Preparation
     from pipeline.models.runtime import Runtime
     from pipeline.models.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         versions=fingerprint.versions(),
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
-    engine = load_engine(job, runtime, tokenizer, console, stopping, stats)
+    engine = load_engine(job, runtime, tokenizer, prompts, console, stopping, stats)
     try:
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
@@ -145,8 +145,14 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
 
 
 def load_engine(
-    job: Job, runtime: Runtime, tokenizer: Tokenizer, console: Console, stopping: Stopping, stats: RunStats
-) -> Engine:
+    job: Job,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    prompts: PromptBuilder,
+    console: Console,
+    stopping: Stopping,
+    stats: RunStats,
+) -> RequestEngine:
     """Weights to the device; a signal ends the loading at once."""
     loading_started = time.perf_counter()
 
@@ -156,7 +162,13 @@ def load_engine(
                 raise Interrupted("stopped while loading")
             yield item
 
-    model, engine = runtime.load(job.config.model.trust_remote_code, watched, lambda ids: tokenizer.decode([ids])[0])
+    model, engine = runtime.load(
+        job.config.model.trust_remote_code,
+        watched,
+        lambda ids: tokenizer.decode([ids])[0],
+        job.config.engine,
+        prompts.constant_head(),
+    )
     stats.load_s = time.perf_counter() - loading_started
     linears = [linear for _, linear in model.quant_linears()]
     if model.unused_tensors:
@@ -178,7 +190,7 @@ class Shift:
     job: Job
     claims: Claims
     sink: Sink
-    engine: Engine
+    engine: RequestEngine
     task: Task
     prompts: PromptBuilder
     stats: RunStats
@@ -388,11 +400,13 @@ def write_plan(job: Job, runtime: Runtime) -> None:
         job.output.plan_json.write_text(json.dumps(plan_of(job, runtime), indent=2, default=str) + "\n")
 
 
-def _count_engine(stats: RunStats, engine: Engine, runtime: Runtime) -> None:
+def _count_engine(stats: RunStats, engine: RequestEngine, runtime: Runtime) -> None:
     from pipeline.models.memory import peak_bytes
 
     counters = engine.counters
     stats.padded_tokens = counters.padded_tokens
+    stats.prefix_tokens = counters.prefix_tokens
+    stats.prefilled_tokens = counters.prompt_tokens
     stats.prefill_passes = counters.prefill_passes
     stats.decode_steps = counters.decode_steps
     stats.prefill_s = counters.prefill_s

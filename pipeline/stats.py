@@ -27,7 +27,9 @@ class RunStats:
 
     `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
     are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
-    row's token. Rates are per second of `generate_s`, over prompt and completion tokens and those of
+    row's token. `prefilled_tokens` are prompt tokens that were run for a row, `prefix_tokens` those of
+    shared beginnings, each run once: fewer than `prompt_tokens` together where rows share. Rates are
+    per second of `generate_s`, over prompt and completion tokens and those of
     targets behind a prompt.
     """
 
@@ -41,6 +43,8 @@ class RunStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     target_tokens: int = 0
+    prefilled_tokens: int = 0
+    prefix_tokens: int = 0
     padded_tokens: int = 0
     prefill_passes: int = 0
     decode_steps: int = 0
@@ -84,6 +88,7 @@ class Interval:
     running: int
     waiting: int
     prompt_tokens: int
+    prefix_tokens: int
     completion_tokens: int
     padded_tokens: int
     prefill_passes: int

@@ -109,7 +109,7 @@ System = Callable[[Sequence[Row]], int]
 """Answers the rows; returns how many answer tokens it made."""
 
 
-def engine_system(folder: Path, args: argparse.Namespace) -> tuple[System, dict[str, Any]]:
+def engine_system(folder: Path, args: argparse.Namespace, head: tuple[int, ...]) -> tuple[System, dict[str, Any]]:
     """This project's engine, with the shapes and the memory it would choose itself."""
     overrides = [
         "model=path", f"model.path={folder}", f"quant={args.quant}", f"model.device={args.device}",
@@ -117,7 +117,7 @@ def engine_system(folder: Path, args: argparse.Namespace) -> tuple[System, dict[
     ]  # fmt: skip
     config = load_config(overrides)
     runtime = resolve_runtime(config, open_checkpoint(str(folder)), None)
-    _, engine = runtime.load(False, iter, lambda ids: "")
+    _, engine = runtime.load(False, iter, lambda ids: "", config.engine, head)
 
     def answer(rows: Sequence[Row]) -> int:
         return _drive(engine, rows)

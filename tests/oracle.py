@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pipeline.core import Completion, FinishReason, Request, SamplingParams
 from pipeline.engine.attention import PackedPrefill, RowSpan
-from pipeline.engine.engine import Engine
+from pipeline.engine.engine import NO_SPLITS, Engine
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan, ModelGeometry
+from pipeline.engine.prefix import Splits
 from pipeline.models.decoder import TransformersDecoder
 
 MAX_POSITIONS = 640
@@ -114,6 +115,8 @@ class EngineUnderTest:
     plan: EnginePlan
     geometry: ModelGeometry
     dtype: torch.dtype
+    splits: Splits = NO_SPLITS
+    prefix_tokens: int = 4096
 
     def engine(self, decoder: TransformersDecoder | None = None, *, steps_per_poll: int | None = None) -> Engine:
         device = torch.device("cpu")
@@ -123,6 +126,8 @@ class EngineUnderTest:
             lambda c: KVCache(self.geometry, c, self.dtype, device),
             device,
             text_of,
+            self.splits,
+            self.prefix_tokens,
         )
         engine._steps_per_poll = steps_per_poll or engine._steps_per_poll
         return engine
@@ -256,7 +261,7 @@ def oracle_logprob(model: nn.Module, prompt: Sequence[int], answer: Sequence[int
 def pass_logits(decoder: Any, prompt: Sequence[int]) -> Tensor:
     """This project's logits [T, V] of every position of a prompt, from one pass."""
     length = len(prompt)
-    attention = PackedPrefill((RowSpan(0, length),), None, torch.full((length,), length))
+    attention = PackedPrefill((RowSpan(0, length),), None, torch.arange(length), torch.full((length,), length))
     logits: Tensor = decoder.head(decoder.hidden(torch.tensor(list(prompt)), torch.arange(length), attention))
     return logits
 

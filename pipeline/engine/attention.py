@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.kernels.attention import (
+    QUERY_BLOCK,
     AttentionRule,
     attend_cache,
     attend_causal,
+    attend_earlier,
     attend_reference,
     attend_segment,
     merge_segments,
@@ -65,22 +68,28 @@ class TrieMask:
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Where a row lies in a packed pass: its prompt, then the nodes of its candidates' token trie."""
+    """Where a row lies in a packed pass: the tokens that look back, then the nodes of its candidates' token trie.
+
+    `earlier` are the segments that its prompt begins with and that are not in the pass; `kept_as` is the segment
+    that the row's own keys and values are to fill.
+    """
 
     start: int
-    prompt_tokens: int
+    causal: int
     trie: TrieMask | None = None
+    earlier: tuple[Segment, ...] = ()
+    kept_as: Segment | None = None
 
     @property
-    def prompt(self) -> slice:
-        """The prompt's tokens."""
-        return slice(self.start, self.start + self.prompt_tokens)
+    def text(self) -> slice:
+        """The tokens that look at all before them."""
+        return slice(self.start, self.start + self.causal)
 
     @property
     def nodes(self) -> slice:
-        """The trie nodes' tokens, right behind the prompt."""
+        """The trie nodes' tokens, right behind."""
         count = 0 if self.trie is None else self.trie.depths_N.shape[0]
-        return slice(self.start + self.prompt_tokens, self.start + self.prompt_tokens + count)
+        return slice(self.start + self.causal, self.start + self.causal + count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +103,11 @@ class CacheWrite:
 
 @dataclass(frozen=True, slots=True)
 class PackedPrefill:
-    """Prompts side by side in one flat pass; each looks at itself only, at its own exact length."""
+    """Rows side by side in one flat pass; each looks at itself, at its own exact length, and at what it begins with."""
 
     rows: tuple[RowSpan, ...]
     write: CacheWrite | None
+    positions_T: Tensor
     reach_T: Tensor
 
     def attend(self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> Tensor:
@@ -106,24 +116,75 @@ class PackedPrefill:
             self.write.cache.write(layer, self.write.slots_T, self.write.positions_T, k_KTD, v_KTD)
         heads, tokens, dim = q_HTD.shape
         out_THD = torch.zeros(tokens, heads, dim, dtype=q_HTD.dtype, device=q_HTD.device)
-        for row in self.rows:
-            prompt = row.prompt
-            k_KSD, v_KSD = k_KTD[:, prompt], v_KTD[:, prompt]
-            out_HSD, _ = attend_causal(q_HTD[:, prompt], k_KSD, v_KSD, rule)
-            out_THD[prompt] = out_HSD.transpose(0, 1)
-            if row.trie is not None:
-                nodes = row.nodes
-                seen_NS = row.trie.seen_prompt(row.prompt_tokens, rule.window)
-                merged_HND, _ = merge_segments(
-                    [
-                        attend_segment(q_HTD[:, nodes], k_KSD, v_KSD, rule, seen_NS),
-                        attend_reference(
-                            q_HTD[:, nodes], k_KTD[:, nodes], v_KTD[:, nodes], rule, row.trie.seen_nodes(rule.window)
-                        ),
-                    ]
-                )
-                out_THD[nodes] = merged_HND.transpose(0, 1)
+        for rows in self._by_beginning():
+            own = [attend_causal(q_HTD[:, r.text], k_KTD[:, r.text], v_KTD[:, r.text], rule) for r in rows]
+            before = _joined(layer, rows[0].earlier)
+            if before is not None:
+                queries_T = torch.cat([torch.arange(r.start, r.start + r.causal, device=q_HTD.device) for r in rows])
+                seen = attend_earlier(q_HTD[:, queries_T], *before, self.positions_T[queries_T], rule)
+                own = _merged(own, seen)
+            for row, (out_HSD, _) in zip(rows, own, strict=True):
+                out_THD[row.text] = out_HSD.transpose(0, 1)
+                if row.kept_as is not None:
+                    row.kept_as.put(layer, k_KTD[:, row.text], v_KTD[:, row.text])
+                if row.trie is not None:
+                    out_THD[row.nodes] = _attend_trie(row, row.trie, before, q_HTD, k_KTD, v_KTD, rule).transpose(0, 1)
         return out_THD
+
+    def _by_beginning(self) -> list[list[RowSpan]]:
+        """The rows in groups that begin with the same segments: their queries look at those together."""
+        groups: dict[tuple[int, ...], list[RowSpan]] = {}
+        for row in self.rows:
+            groups.setdefault(tuple(map(id, row.earlier)), []).append(row)
+        return list(groups.values())
+
+
+def _joined(layer: int, earlier: tuple[Segment, ...]) -> tuple[Tensor, Tensor] | None:
+    """Keys and values [K, S, D] of segments that follow one another; None for none."""
+    if not earlier:
+        return None
+    if len(earlier) == 1:
+        return earlier[0].keys[layer], earlier[0].values[layer]
+    return torch.cat([s.keys[layer] for s in earlier], dim=1), torch.cat([s.values[layer] for s in earlier], dim=1)
+
+
+def _merged(own: list[tuple[Tensor, Tensor]], seen: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each row's attention to itself, merged with all rows' attention to what they begin with.
+
+    Padded, since vectorized functions may round the last few elements otherwise than the others.
+    """
+    lengths = [out.shape[1] for out, _ in own]
+    padding = -sum(lengths) % QUERY_BLOCK
+    outs, lses = torch.cat([out for out, _ in own], dim=1), torch.cat([lse for _, lse in own], dim=1)
+    parts = [(F.pad(out, (0, 0, 0, padding)), F.pad(lse, (0, padding))) for out, lse in (seen, (outs, lses))]
+    merged_HTD, lse_HT = merge_segments(parts)
+    kept = sum(lengths)
+    rows_HTD, rows_HT = (torch.split(x[:, :kept], lengths, dim=1) for x in (merged_HTD, lse_HT))
+    return list(zip(rows_HTD, rows_HT, strict=True))
+
+
+def _attend_trie(
+    row: RowSpan,
+    trie: TrieMask,
+    before: tuple[Tensor, Tensor] | None,
+    q_HTD: Tensor,
+    k_KTD: Tensor,
+    v_KTD: Tensor,
+    rule: AttentionRule,
+) -> Tensor:
+    """Attention [H, N, D] of a trie's nodes to the whole prompt and to their ancestors."""
+    k_KSD, v_KSD = k_KTD[:, row.text], v_KTD[:, row.text]
+    if before is not None:
+        k_KSD, v_KSD = torch.cat([before[0], k_KSD], dim=1), torch.cat([before[1], v_KSD], dim=1)
+    nodes = row.nodes
+    seen_NN = trie.seen_nodes(rule.window)
+    merged_HND, _ = merge_segments(
+        [
+            attend_segment(q_HTD[:, nodes], k_KSD, v_KSD, rule, trie.seen_prompt(k_KSD.shape[1], rule.window)),
+            attend_reference(q_HTD[:, nodes], k_KTD[:, nodes], v_KTD[:, nodes], rule, seen_NN),
+        ]
+    )
+    return merged_HND
 
 
 @dataclass(frozen=True, slots=True)

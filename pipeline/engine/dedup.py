@@ -18,8 +18,11 @@ KEPT_TOKENS = 1 << 20
 class RequestEngine(Protocol):
     """What answers requests: see `Engine`."""
 
-    plan: EnginePlan
-    counters: EngineCounters
+    @property
+    def plan(self) -> EnginePlan: ...
+
+    @property
+    def counters(self) -> EngineCounters: ...
 
     @property
     def unfinished(self) -> int: ...

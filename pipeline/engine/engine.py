@@ -11,15 +11,26 @@ import torch
 from torch import Tensor
 
 from pipeline.core import Completion, Request
-from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.packing import DecoderModel, Work, pack, pass_tokens, take_pass
-from pipeline.engine.plan import EnginePlan, LengthClass
+from pipeline.engine.kv_cache import KVCache, Segment
+from pipeline.engine.packing import (
+    DecoderModel,
+    Entry,
+    Work,
+    entry_of,
+    entry_of_beginning,
+    pack,
+    pass_tokens,
+    take_pass,
+)
+from pipeline.engine.plan import PREFIX_TOKENS, EnginePlan, LengthClass
+from pipeline.engine.prefix import Beginning, PrefixRunner, PrefixStore, Splits
 from pipeline.engine.sampler import Sampled, SamplerRows, sample
 from pipeline.engine.scoring import completions, score_pass
 from pipeline.engine.seat import Decode, Seat, reach
 from pipeline.engine.slots import EMPTY, SlotBatch, seen_tokens
 
 STEPS_PER_POLL = {"cpu": 4, "cuda": 8}
+NO_SPLITS = Splits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +45,13 @@ class Output:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Work done since the counters were made: real and padded token positions, and seconds."""
+    """Work done since the counters were made: real and padded token positions, and seconds.
+
+    `prompt_tokens` are those run row by row, `prefix_tokens` those of segments, which rows share.
+    """
 
     prompt_tokens: int = 0
+    prefix_tokens: int = 0
     completion_tokens: int = 0
     padded_tokens: int = 0
     prefill_passes: int = 0
@@ -59,10 +74,13 @@ class Engine:
         make_cache: Callable[[LengthClass], KVCache],
         device: torch.device,
         decode: Decode | None = None,
+        splits: Splits = NO_SPLITS,
+        prefix_tokens: int = PREFIX_TOKENS,
     ) -> None:
         """`make_cache` allocates a length class's keys and values, when the class is first used.
 
-        `decode` turns token ids into text; only requests with stop texts need it.
+        `decode` turns token ids into text; only requests with stop texts need it. Prompts are cut at `splits`,
+        and the last `prefix_tokens` tokens of segments are kept.
         """
         self.plan = plan
         self.counters = EngineCounters()
@@ -71,6 +89,7 @@ class Engine:
         self._make_cache = make_cache
         self._decode_text = decode
         self._steps_per_poll = STEPS_PER_POLL.get(device.type, 4)
+        self._prefixes = PrefixRunner(splits, PrefixStore(prefix_tokens), self._run_beginnings)
         self._scoring: deque[Work] = deque()
         self._waiting: dict[LengthClass, deque[Work]] = {c: deque() for c in plan.length_classes}
         self._batches: dict[LengthClass, SlotBatch] = {}
@@ -121,8 +140,10 @@ class Engine:
 
     def _score(self) -> list[Output]:
         started = time.perf_counter()
-        requests = [request for request, _ in take_pass(self._scoring, self.plan, len(self._scoring))]
-        packed = pack(requests, self.plan, self._device)
+        work = take_pass(self._scoring, self.plan, len(self._scoring), self._prefixes.splits)
+        requests = [request for request, _ in work]
+        earlier = self._prefixes.segments_of(requests, self.plan.prefill_tokens[0])
+        packed = pack([self._entry(r, e) for r, e in zip(requests, earlier, strict=True)], self.plan, self._device)
         top = max(request.sampling.logprobs or 0 for request in requests)
         found = score_pass(self._model, packed, self.plan, top)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
@@ -148,9 +169,12 @@ class Engine:
     def _refill(self, length_class: LengthClass, batch: SlotBatch) -> list[Output]:
         started = time.perf_counter()
         most = min(batch.free, self.plan.logit_rows)
-        work = take_pass(self._waiting[length_class], self.plan, most)
+        work = take_pass(self._waiting[length_class], self.plan, most, self._prefixes.splits)
+        earlier = self._prefixes.segments_of([request for request, _ in work], self.plan.prefill_tokens[0])
         slots = batch.reserve(len(work))
-        packed = pack([request for request, _ in work], self.plan, self._device, batch.cache, slots)
+        rows = zip(work, earlier, slots, strict=True)
+        packed = pack([self._entry(r, e, s) for (r, _), e, s in rows], self.plan, self._device, batch.cache)
+        batch.begin(slots, earlier)
         seats = [Seat.of(request, choice, self.plan, self._decode_text) for request, choice in work]
         ((_, indices_L),) = packed.wanted_slices(self.plan)
         logits_LV = self._model.head(packed.run(self._model)[indices_L])
@@ -159,6 +183,17 @@ class Engine:
         self.counters.completion_tokens += sum(len(o.new_token_ids) for o in reports)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
         return reports
+
+    def _entry(self, request: Request, earlier: tuple[Segment, ...], slot: int | None = None) -> Entry:
+        return entry_of(request, self.plan, self._device, earlier, slot)
+
+    def _run_beginnings(self, beginnings: list[Beginning]) -> None:
+        """Run segments that prompts begin with, which takes their keys and values."""
+        packed = pack([entry_of_beginning(b) for b in beginnings], self.plan, self._device)
+        packed.run(self._model)
+        self.counters.prefix_tokens += packed.real_tokens
+        self.counters.padded_tokens += packed.tokens_T.shape[0] - packed.real_tokens
+        self.counters.prefill_passes += 1
 
     def _first_tokens(self, logits_LV: Tensor, seats: list[Seat]) -> Sampled:
         padding = logits_LV.shape[0] - len(seats)

@@ -1,14 +1,35 @@
-"""Preallocated keys and values of one length class.
+"""Keys and values: preallocated for the slots of a length class, and of the segments that prompts share.
 
 Shapes: B slots, K key/value heads, S = max_len positions, D head dim, T tokens of a pass.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from pipeline.engine.plan import LengthClass, ModelGeometry
+
+
+@dataclass(slots=True)
+class Segment:
+    """The keys and values of a prompt's tokens from one cut to the next, of every layer, [K, S, D] each.
+
+    They are filled in layer by layer by the pass that runs the segment.
+    """
+
+    begin: int
+    end: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def put(self, layer: int, k_KSD: Tensor, v_KSD: Tensor) -> None:
+        """Take a copy of a layer's keys and values; layers come in order."""
+        assert layer == len(self.keys)
+        self.keys.append(k_KSD.clone())
+        self.values.append(v_KSD.clone())
 
 
 class KVCache:
@@ -36,6 +57,12 @@ class KVCache:
         """Store the keys and values of T tokens, each at its own slot and position."""
         self.keys[layer][slots_T, :, positions_T] = k_KTD.transpose(0, 1)
         self.values[layer][slots_T, :, positions_T] = v_KTD.transpose(0, 1)
+
+    def copy(self, slots_R: Tensor, segment: Segment) -> None:
+        """Put a segment that R rows begin with into their slots."""
+        for layer, (k_KSD, v_KSD) in enumerate(zip(segment.keys, segment.values, strict=True)):
+            self.keys[layer][slots_R, :, segment.begin : segment.end] = k_KSD
+            self.values[layer][slots_R, :, segment.begin : segment.end] = v_KSD
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots of a layer, [B, K, S, D], as views."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipeline.core import Request
 from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan, TrieMask
-from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.plan import EnginePlan
+from pipeline.engine.prefix import Beginning, Splits
 from pipeline.engine.seat import reach
 from pipeline.engine.trie import PROMPT_END, build_trie
 
@@ -46,6 +47,12 @@ class Layout:
     causal: int
     wanted: range
     asked: Sequence[tuple[int, int]] = ()
+
+    def behind(self, skipped: int) -> Layout:
+        """The layout without the first tokens, none of whose logits are wanted."""
+        assert skipped <= self.wanted.start
+        wanted = range(self.wanted.start - skipped, self.wanted.stop - skipped)
+        return Layout(self.tokens[skipped:], self.positions[skipped:], self.causal - skipped, wanted, self.asked)
 
 
 def lay_out(request: Request) -> Layout:
@@ -81,12 +88,13 @@ Work = tuple[Request, int]
 """A request and which of its answers."""
 
 
-def take_pass(waiting: deque[Work], plan: EnginePlan, most: int) -> list[Work]:
+def take_pass(waiting: deque[Work], plan: EnginePlan, most: int, splits: Splits) -> list[Work]:
     """Remove from the queue, in order, the work of the next pass: a request too large to share goes alone."""
     taken: list[Work] = []
     tokens = 0
     while waiting and len(taken) < most:
-        tokens += pass_tokens(waiting[0][0])
+        request = waiting[0][0]
+        tokens += pass_tokens(request) - splits.skipped(request)
         if taken and tokens > plan.prefill_tokens[0]:
             break
         taken.append(waiting.popleft())
@@ -124,14 +132,37 @@ class PackedPass:
             yield held, torch.tensor(indices, device=self.tokens_T.device)
 
 
-def pack(
-    requests: Sequence[Request],
-    plan: EnginePlan,
-    device: torch.device,
-    cache: KVCache | None = None,
-    slots: Sequence[int] = (),
-) -> PackedPass:
-    """Lay the requests out in the smallest listed shape that holds them, their keys going to `slots` of a cache."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one row puts into a pass; `slot` is where its keys and values go, `reach` the row's longest length."""
+
+    layout: Layout
+    reach: int
+    slot: int | None = None
+    trie: TrieMask | None = None
+    earlier: tuple[Segment, ...] = ()
+    kept_as: Segment | None = None
+
+
+def entry_of(
+    request: Request, plan: EnginePlan, device: torch.device, earlier: tuple[Segment, ...], slot: int | None = None
+) -> Entry:
+    """A request, but for the segments that its prompt begins with."""
+    layout = lay_out(request)
+    if earlier:
+        layout = layout.behind(earlier[-1].end)
+    return Entry(layout, reach(request, plan), slot, _mask(request, device), earlier)
+
+
+def entry_of_beginning(beginning: Beginning) -> Entry:
+    """A segment that prompts begin with: nothing is wanted of it but its keys and values."""
+    segment = beginning.segment
+    layout = Layout(beginning.tokens, range(segment.begin, segment.end), len(beginning.tokens), range(0))
+    return Entry(layout, segment.end, None, None, beginning.earlier, segment)
+
+
+def pack(entries: Sequence[Entry], plan: EnginePlan, device: torch.device, cache: KVCache | None = None) -> PackedPass:
+    """Lay the entries out in the smallest listed shape that holds them, their keys going to their slots of a cache."""
     tokens: list[int] = []
     positions: list[int] = []
     owners: list[int] = []
@@ -140,18 +171,18 @@ def pack(
     reaches: list[int] = []
     firsts: list[int] = []
     spans: list[RowSpan] = []
-    for row, request in enumerate(requests):
-        layout = lay_out(request)
+    for entry in entries:
+        layout = entry.layout
         begin = len(tokens)
-        spans.append(RowSpan(begin, layout.causal, _mask(request, device)))
+        spans.append(RowSpan(begin, layout.causal, entry.trie, entry.earlier, entry.kept_as))
         firsts.append(len(wanted))
         asked.extend((len(wanted) + index, token) for index, token in layout.asked)
         wanted.extend(begin + index for index in layout.wanted)
         tokens.extend(layout.tokens)
         positions.extend(layout.positions)
-        reaches.extend([reach(request, plan)] * len(layout.tokens))
-        if cache is not None:
-            owners.extend([slots[row]] * len(layout.tokens))
+        reaches.extend([entry.reach] * len(layout.tokens))
+        if entry.slot is not None:
+            owners.extend([entry.slot] * len(layout.tokens))
     real = len(tokens)
     padding = next(size for size in plan.prefill_tokens if size >= real) - real
     positions_T = torch.tensor(positions + [0] * padding, device=device)
@@ -159,10 +190,11 @@ def pack(
     if cache is not None:
         owners_T = torch.tensor(owners + [cache.scratch_slot] * padding, device=device)
         write = CacheWrite(cache, owners_T, positions_T)
+    reach_T = torch.tensor(reaches + [0] * padding, device=device)
     return PackedPass(
         tokens_T=torch.tensor(tokens + [0] * padding, device=device),
         positions_T=positions_T,
-        attention=PackedPrefill(tuple(spans), write, torch.tensor(reaches + [0] * padding, device=device)),
+        attention=PackedPrefill(tuple(spans), write, positions_T, reach_T),
         wanted=wanted,
         first_wanted=firsts,
         asked=asked,

@@ -19,6 +19,10 @@ CPU_PREFILL_TOKENS = 512
 CUDA_PREFILL_TOKENS = 8192
 CPU_LOGIT_ROWS = 64
 CUDA_LOGIT_ROWS = 256
+LEAST_SHARED = 16
+"""A beginning of fewer tokens is not worth a segment of its own."""
+PREFIX_TOKENS = 2048
+"""Tokens of shared beginnings whose keys and values are kept."""
 AUTO_MAX_LEN = 8192
 """The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
 MIB, GIB = 1024**2, 1024**3
@@ -43,11 +47,17 @@ class ModelGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What was asked for under `engine`; None is auto."""
+    """What was asked for under `engine`; None is auto.
+
+    `share_prefix` None shares no beginnings of prompts, 0 those of the template, a number also cuts prompts
+    every so many tokens.
+    """
 
     slots: int | None = None
     max_len: int | None = None
     prefill_tokens: int | None = None
+    share_prefix: int | None = 0
+    dedup: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

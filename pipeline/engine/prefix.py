@@ -1,26 +1,40 @@
 """Beginnings that prompts share: run once, kept, and attended to as segments of their own.
 
-Where a prompt is cut depends on the prompt and the run's splits alone, and a cut prompt is computed in segments
+Where a prompt is cut depends on the prompt and the run's splits alone, and a cut prompt is run segment by segment
 whether or not anybody shares them; so a row's bits do not depend on the company it is in.
-
-Shapes: K key/value heads, S tokens of a segment, D head dim.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
-
-LEAST_SHARED = 16
-"""A beginning of fewer tokens is not worth a segment."""
+from pipeline.core import Request
+from pipeline.engine.kv_cache import Segment
+from pipeline.engine.plan import LEAST_SHARED
 
 PrefixKey = bytes
 """Stands for the tokens of a prompt up to a cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The end of a segment, and what stands for all tokens up to there."""
+
+    end: int
+    key: PrefixKey
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A segment to run: its tokens, the segments before it, and what its keys and values are to fill."""
+
+    tokens: tuple[int, ...]
+    earlier: tuple[Segment, ...]
+    segment: Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,33 +53,23 @@ class Splits:
         grid = range(first + self.grid, length, self.grid) if self.grid else ()
         return ((first,) if first else ()) + tuple(grid)
 
-    def keys(self, prompt_ids: Sequence[int]) -> tuple[PrefixKey, ...]:
-        """What stands for the prompt up to each of its cuts."""
-        keys, digest, begin = [], hashlib.blake2b(digest_size=16), 0
+    def cuts(self, prompt_ids: Sequence[int]) -> tuple[Cut, ...]:
+        """The prompt's cuts."""
+        cuts, digest, begin = [], hashlib.blake2b(digest_size=16), 0
         for end in self.ends(prompt_ids):
             digest.update(array("q", prompt_ids[begin:end]).tobytes())
-            keys.append(digest.digest())
+            cuts.append(Cut(end, digest.digest()))
             begin = end
-        return tuple(keys)
+        return tuple(cuts)
+
+    def skipped(self, request: Request) -> int:
+        """How many of a request's tokens are in segments, and not run with the rest of its prompt."""
+        return next(reversed(self.ends(request.prompt_ids)), 0) if _is_cut(request) else 0
 
 
-@dataclass(slots=True)
-class Segment:
-    """The keys and values of a prompt's tokens from one cut to the next, of every layer, [K, S, D] each.
-
-    They are filled in layer by layer by the pass that runs the segment.
-    """
-
-    begin: int
-    end: int
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def put(self, layer: int, k_KSD: Tensor, v_KSD: Tensor) -> None:
-        """Take a copy of a layer's keys and values; layers come in order."""
-        assert layer == len(self.keys)
-        self.keys.append(k_KSD.clone())
-        self.values.append(v_KSD.clone())
+def _is_cut(request: Request) -> bool:
+    """A prompt whose own tokens are scored is run in one piece, since their logits are needed."""
+    return not request.score_prompt
 
 
 class PrefixStore:
@@ -76,22 +80,6 @@ class PrefixStore:
         self._most_tokens = most_tokens
         self._segments: OrderedDict[PrefixKey, Segment] = OrderedDict()
         self._tokens = 0
-        self._wanted: Counter[PrefixKey] = Counter()
-
-    def want(self, keys: Iterable[PrefixKey]) -> None:
-        """A prompt with these cuts is waiting."""
-        self._wanted.update(keys)
-
-    def unwant(self, keys: Iterable[PrefixKey]) -> None:
-        """That prompt has been run, or is not wanted any more."""
-        self._wanted.subtract(keys)
-        for key in keys:
-            if self._wanted[key] <= 0:
-                del self._wanted[key]
-
-    def shared(self, keys: Sequence[PrefixKey]) -> int:
-        """How many of a prompt's cuts, from the first, are there already or are shared with another that waits."""
-        return next((n for n, key in enumerate(keys) if key not in self._segments and self._wanted[key] < 2), len(keys))
 
     def get(self, key: PrefixKey) -> Segment | None:
         """The segment that ends there, if it is kept."""
@@ -107,3 +95,50 @@ class PrefixStore:
         while self._tokens > self._most_tokens and len(self._segments) > 1:
             _, oldest = self._segments.popitem(last=False)
             self._tokens -= oldest.end - oldest.begin
+
+
+class PrefixRunner:
+    """Finds the segments that prompts begin with, and has those run that are missing."""
+
+    def __init__(self, splits: Splits, store: PrefixStore, run: Callable[[list[Beginning]], None]) -> None:
+        """`run` runs the segments of some beginnings, all in one pass, and fills them."""
+        self.splits = splits
+        self._store = store
+        self._run = run
+
+    def segments_of(self, requests: Sequence[Request], most_tokens: int) -> list[tuple[Segment, ...]]:
+        """The segments of each request's prompt but for the last one; at most `most_tokens` are run in a pass."""
+        cuts = [self.splits.cuts(r.prompt_ids) if _is_cut(r) else () for r in requests]
+        found: list[tuple[Segment, ...]] = [() for _ in requests]
+        for level in range(max(map(len, cuts), default=0)):
+            missing: dict[PrefixKey, Beginning] = {}
+            here: dict[PrefixKey, Segment] = {}
+            for request, row_cuts, earlier in zip(requests, cuts, found, strict=True):
+                if len(row_cuts) > level and row_cuts[level].key not in here:
+                    cut = row_cuts[level]
+                    begin = earlier[-1].end if earlier else 0
+                    kept = self._store.get(cut.key)
+                    here[cut.key] = kept or Segment(begin, cut.end)
+                    if kept is None:
+                        missing[cut.key] = Beginning(request.prompt_ids[begin : cut.end], earlier, here[cut.key])
+            for group in _in_passes(list(missing.values()), most_tokens):
+                self._run(group)
+            for key, beginning in missing.items():
+                self._store.add(key, beginning.segment)
+            found = [
+                (*earlier, here[row_cuts[level].key]) if len(row_cuts) > level else earlier
+                for row_cuts, earlier in zip(cuts, found, strict=True)
+            ]
+        return found
+
+
+def _in_passes(beginnings: Sequence[Beginning], most_tokens: int) -> Iterator[list[Beginning]]:
+    """As many in a pass as fit; one that is longer goes alone."""
+    group: list[Beginning] = []
+    for beginning in beginnings:
+        if group and sum(len(b.tokens) for b in group) + len(beginning.tokens) > most_tokens:
+            yield group
+            group = []
+        group.append(beginning)
+    if group:
+        yield group

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.core import SamplingParams
 from pipeline.engine.attention import SlotDecode
-from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.packing import DecoderModel
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.engine.sampler import Sampled, SamplerRow, SamplerRows, sample
@@ -53,6 +53,15 @@ class SlotBatch:
             self.cache.clear(slot)
         self._not_finite.difference_update(slots)
         return slots
+
+    def begin(self, slots: Sequence[int], earlier: Sequence[tuple[Segment, ...]]) -> None:
+        """Put the segments that rows begin with into their slots."""
+        owners: dict[int, tuple[Segment, list[int]]] = {}
+        for slot, segments in zip(slots, earlier, strict=True):
+            for segment in segments:
+                owners.setdefault(id(segment), (segment, []))[1].append(slot)
+        for segment, slots_of in owners.values():
+            self.cache.copy(torch.tensor(slots_of, device=self.device), segment)
 
     def seat(self, slots: Sequence[int], seats: Sequence[Seat], first: Sampled) -> None:
         """Put prefilled rows, whose first tokens are the first of `first`, into reserved slots."""

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_MULTIPLE = 16
-"""Rows of a product of queries and keys: with fewer, or a rest of one, BLAS libraries switch kernels."""
+QUERY_BLOCK = 64
+"""Queries of several rows are multiplied with shared keys in blocks of this size, whatever their number: the size of
+a product decides on its bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +114,22 @@ def attend_earlier(
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries, which may be of several rows, to the S keys that they all stand behind.
 
-    One matrix product for all queries, padded to a multiple of `QUERY_MULTIPLE`, so that a query's bits do not
-    depend on the others. `positions_T` decides on what a window hides. Returns [H, T, D] and [H, T]; a query whose
-    window has left the segment behind gets zeros and a log-sum-exp of -inf.
+    In products of one size, so that a query's bits do not depend on the others. `positions_T` decides on what a
+    window hides. Returns [H, T, D] and [H, T]; a query whose window has left all keys behind gets zeros and a
+    log-sum-exp of -inf.
     """
-    tokens, segment = q_HTD.shape[1], k_KSD.shape[1]
-    padded_HTD = F.pad(q_HTD, (0, 0, 0, -tokens % QUERY_MULTIPLE))
-    mask_TS = None
-    if rule.window is not None:
-        key_S = torch.arange(segment, device=q_HTD.device)
-        mask_TS = key_S > F.pad(positions_T, (0, -tokens % QUERY_MULTIPLE))[:, None] - rule.window
-    out_HTD, lse_HT = attend_reference(padded_HTD, k_KSD, v_KSD, rule, mask_TS)
-    return out_HTD[:, :tokens], lse_HT[:, :tokens]
+    tokens = q_HTD.shape[1]
+    padding = -tokens % QUERY_BLOCK
+    blocks_HTD = torch.split(F.pad(q_HTD, (0, 0, 0, padding)), QUERY_BLOCK, dim=1)
+    key_S = torch.arange(k_KSD.shape[1], device=q_HTD.device)
+    parts = []
+    for block_HTD, position_T in zip(
+        blocks_HTD, torch.split(F.pad(positions_T, (0, padding)), QUERY_BLOCK), strict=True
+    ):
+        mask_TS = None if rule.window is None else key_S > position_T[:, None] - rule.window
+        parts.append(attend_reference(block_HTD, k_KSD, v_KSD, rule, mask_TS))
+    outs, lses = torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+    return outs[:, :tokens], lses[:, :tokens]
 
 
 def _flash_kernel(q_HTD: Tensor, rule: AttentionRule):  # type: ignore[no-untyped-def]  # torch's operators are untyped

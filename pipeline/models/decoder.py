@@ -30,6 +30,11 @@ class TransformersDecoder:
         self._layers: nn.Module = getattr(model, str(model.base_model_prefix))
         self._head = head_of(model)
 
+    @property
+    def rope_by_row(self) -> bool:
+        """Whether a token's keys depend on how long its row can become."""
+        return bool(self._row_ropes)
+
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass) -> Tensor:
         """What the output head takes, of every token of the pass: [T, hidden size]."""
         for rope in self._row_ropes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.plan import (
     GIB,
+    PREFIX_TOKENS,
     EnginePlan,
     EngineSettings,
     ModelGeometry,
@@ -159,6 +160,10 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
     )
     tokens, logit_rows = largest_pass(engine, longest, place.device_type)
     passes = pass_bytes(place.geometry, tokens, logit_rows, place.dtype)
+    shared = (
+        0 if engine.share_prefix is None else PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
+    )
+    passes += shared
     rest = place.budget - weights - passes
     if rest <= 0:
         raise ConfigError(

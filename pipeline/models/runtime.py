@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.plan import EnginePlan
+from pipeline.engine.plan import EnginePlan, EngineSettings
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.memory import (
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from pipeline.engine.engine import Engine
+    from pipeline.engine.dedup import RequestEngine
+    from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
     from pipeline.models.decoder import TransformersDecoder
     from pipeline.models.loader import Progress
@@ -74,8 +75,19 @@ class Runtime:
             f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.quant else "")
         )
 
-    def load(self, trust_remote_code: bool, progress: Progress, decode: Decode) -> tuple[TransformersDecoder, Engine]:
-        """Read the weights and make the engine, which finds stop texts by `decode`; ConfigError on a bad checkpoint."""
+    def load(
+        self,
+        trust_remote_code: bool,
+        progress: Progress,
+        decode: Decode,
+        settings: EngineSettings,
+        head: tuple[int, ...] = (),
+    ) -> tuple[TransformersDecoder, RequestEngine]:
+        """Read the weights and make the engine; ConfigError on a bad checkpoint.
+
+        It finds stop texts by `decode`; `head` are the token ids that the template begins every prompt with.
+        """
+        from pipeline.engine.dedup import DedupEngine
         from pipeline.engine.engine import Engine
         from pipeline.engine.kv_cache import KVCache
         from pipeline.models.loader import load_model
@@ -92,9 +104,23 @@ class Runtime:
         )
         model.cache_dequantized(self.memory.dequant_cache_budget)
         engine = Engine(
-            model, self.shapes, lambda c: KVCache(place.geometry, c, place.dtype, self.device), self.device, decode
+            model,
+            self.shapes,
+            lambda c: KVCache(place.geometry, c, place.dtype, self.device),
+            self.device,
+            decode,
+            _splits(settings, model, head),
         )
-        return model, engine
+        return model, DedupEngine(engine) if settings.dedup else engine
+
+
+def _splits(settings: EngineSettings, model: TransformersDecoder, head: tuple[int, ...]) -> Splits:
+    """Where prompts are cut; nowhere if equal beginnings have other keys in longer rows."""
+    from pipeline.engine.prefix import Splits
+
+    if settings.share_prefix is None or model.rope_by_row:
+        return Splits()
+    return Splits(head=head, grid=settings.share_prefix)
 
 
 def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Mapping[str, Any] | None) -> Runtime:

@@ -148,7 +148,7 @@ def test_candidates_look_along_their_path_within_the_window(
         start += prompt + len(trie.tokens)
     padded = round_up(start)
     q, k, v = qkv(4, 2, padded, padded, 16, torch.float32)
-    attention = PackedPrefill(tuple(spans), None, torch.zeros(padded, dtype=torch.int64))
+    attention = PackedPrefill(tuple(spans), None, *(torch.zeros(padded, dtype=torch.int64) for _ in range(2)))
     out_THD = attention.attend(0, q, k, v, AttentionRule(0.5, window, softcap))
     for span, mask in zip(spans, masks, strict=True):
         row = slice(span.start, span.start + mask.shape[0])
