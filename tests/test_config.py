@@ -153,6 +153,8 @@ SAMPLES = {
     "task.labels": "{a: first, b: second}",
     "task.label_eos": "true",
     "engine.slots": "3",
+    "engine.share_prefix": "64",
+    "engine.dedup": "false",
     "engine.prefill_tokens": "3",
     "output.compression": "snappy",
     "shard.index": "1",
