@@ -139,8 +139,9 @@ def write_stats(folder: Path, stats: RunStats, intervals: list[Interval]) -> Pat
     run_path = folder / f"run-{name}.parquet"
     _write(run_path, [asdict(stats)], [asdict(stats)])
     empty = Interval(
-        run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0, prefix_tokens=0,
-        completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, prefill_s=0.0, decode_s=0.0,
+        run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0,
+        prefix_tokens=0, completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, prefill_s=0.0,
+        decode_s=0.0,
     )  # fmt: skip
     _write(folder / f"intervals-{name}.parquet", [asdict(i) for i in intervals], [asdict(empty)])
     return run_path
