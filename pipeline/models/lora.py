@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.adapter import Adapter, LowRank, Whole
+from pipeline.models.adapter import RANK_MULTIPLE, Adapter, LowRank, Whole
 from pipeline.models.checkpoint import TensorInfo
 from pipeline.models.head import Float32QuantHead
 from pipeline.quant.linear import QuantLinear
 
-RANK_MULTIPLE = 16
 PIECE = 512
 """Inputs that are summed by one product on a CPU.
 

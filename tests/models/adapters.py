@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from oracle import VOCAB, random_prompt
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,24 @@ def make_adapters(cases: Mapping[str, Case], root: Path) -> dict[str, Made]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {n: Made(case, root / n, load_file(root / f"{n}.safetensors")) for n, case in cases.items()}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+    """A folder written by hand: tensors by their names behind PEFT's prefix, and adapter_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def low_rank(path: str, inputs: int, outputs: int, rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors of one Linear's update."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{path}.lora_A.weight": torch.randn(rank, inputs, generator=generator) * 0.2,
+        f"{path}.lora_B.weight": torch.randn(outputs, rank, generator=generator) * 0.2,
+    }
 
 
 def furthest(ours: Tensor, theirs: Tensor) -> float:

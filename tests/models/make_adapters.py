@@ -9,6 +9,7 @@ input; each has
   are rounded to (its own product on a CPU may round the inputs too), or int8,
 - `prompts`: lists of token ids, `new_tokens`: how many to answer with, `answers`: the file to write.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
 
