@@ -77,6 +77,11 @@ def load_model(
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
 
 
+def check_adapter(adapter: Adapter, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Raise ConfigError naming file and tensor unless the adapter fits the model; reads no weights."""
+    lora.check_fits(adapter, _skeleton(config, dtype, trust_remote_code))
+
+
 def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:
     """What to load in which order: biases before weights, since a quantized Linear is built from both."""
     wanted = set(model.state_dict()) | {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -139,12 +139,15 @@ def resolve_runtime(
 
     `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
     """
+    from pipeline.models.loader import check_adapter
     from pipeline.quant.format import format_of, needs_of
 
     spec = resolve_spec(config.quant, checkpoint.quantization, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
     device = resolve_device(config.model)
     dtype = resolve_dtype(config.model, checkpoint)
+    if adapter is not None:
+        check_adapter(adapter, transformers_config, dtype, config.model.trust_remote_code)
     modules = spec.stored_modules(checkpoint.tensors)
     quant, reason = format_of(
         spec, config.quant.kernel, needs_of(spec, modules, device.type, capability_of(device), dtype)

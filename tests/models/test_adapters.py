@@ -185,6 +185,7 @@ def of_architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made
     return make_adapters(cases, root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(name: str, of_architectures: dict[str, Made], decoder: Any) -> None:
     found = of_architectures[name]
