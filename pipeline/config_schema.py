@@ -32,6 +32,8 @@ class ModelSchema:
     trust_remote_code: bool = doc(False, "run Python code that comes with the checkpoint")
     max_len: int | None = doc(None, "longest row in tokens, answer included; the model's own limit if null")
     device: str = doc("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N")
+    adapter: str | None = doc(None, "PEFT LoRA adapter on top of the model: folder or hub id")
+    adapter_revision: str | None = doc(None, "branch, tag or commit of the adapter's hub repository")
     memory: Any = doc("auto", "GiB of the device (of main memory on cpu) for weights and key/value cache, or auto")
 
 

@@ -51,6 +51,8 @@ def _model(values: Mapping[str, Any]) -> ModelSettings:
     _one_of("model.dtype", values["dtype"], DTYPES)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", values["device"]):
         raise ConfigError(f"model.device must be auto, cpu, cuda or cuda:N, got {values['device']}")
+    if values["adapter_revision"] is not None and values["adapter"] is None:
+        raise ConfigError(f"model.adapter_revision={values['adapter_revision']} is set without model.adapter; set both")
     return ModelSettings(
         path=values["path"],
         revision=values["revision"],
@@ -59,6 +61,8 @@ def _model(values: Mapping[str, Any]) -> ModelSettings:
         trust_remote_code=values["trust_remote_code"],
         max_len=_positive("model.max_len", values["max_len"]),
         device=values["device"],
+        adapter=values["adapter"],
+        adapter_revision=values["adapter_revision"],
         memory_gib=_auto_number("model.memory", values["memory"], float),
     )
 

@@ -7,6 +7,7 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.models.adapter import Adapter
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.redaction import redacted
 from pipeline.settings import RunConfig, TaskSettings
@@ -16,11 +17,14 @@ UNGUARDED = ("quant.dequant_cache_gib", "engine.dedup", "task.truth")
 """Keys that change how fast a row is answered, or what is said of it afterwards, never the row."""
 
 
-def requested(config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint) -> dict[str, Any]:
+def requested(
+    config: RunConfig, checkpoint: Checkpoint, tokenizer: Checkpoint, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """What was asked for, under flat dotted keys: enough to refuse a resume before torch is imported."""
     parts = {
         "model": {
             "files": checkpoint.identity(),
+            **({} if adapter is None else {"adapter": adapter.identity()}),
             "dtype": config.model.dtype,
             "max_len": config.model.max_len,
             "trust_remote_code": config.model.trust_remote_code,

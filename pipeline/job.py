@@ -18,6 +18,7 @@ from pipeline import __version__, fingerprint
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
+from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
@@ -91,8 +92,10 @@ class Job:
             self.input_schema, config.output.columns, config.task.kind, {}, config.on_request, _run_labels(config)
         )
         self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        named = config.model.adapter
+        self.adapter: Adapter | None = None if named is None else open_adapter(named, config.model.adapter_revision)
         self.tokenizer = self._tokenizer_checkpoint()
-        self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer)
+        self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer, self.adapter)
         self.manifest: RunManifest | None = None
         if stored is not None:
             self._adopt(stored)
@@ -125,6 +128,22 @@ class Job:
     def num_rows(self) -> int:
         """Rows of the whole run."""
         return sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
+    def tokenizer_is_adapters(self) -> bool:
+        """Whether the adapter brings the tokenizer."""
+        return self.adapter is not None and self.tokenizer.folder == self.adapter.folder
+
+    def notes(self) -> list[str]:
+        """What is worth knowing of the adapter, a sentence each."""
+        if self.adapter is None:
+            return []
+        elsewhere = self.adapter.trained_elsewhere(self.config.model.path)
+        brings = f"the tokenizer, its chat template and its end token are those that model.adapter={self.adapter.name} "
+        return [
+            *([] if elsewhere is None else [elsewhere]),
+            *([f"{brings}brings; model.tokenizer names another"] if self.tokenizer_is_adapters else []),
+        ]
 
     def pending(self) -> list[Chunk]:
         """Chunks without a Part, those of this process's shard first."""
@@ -249,8 +268,12 @@ class Job:
         return pa.schema([(name, pa.string()) for name in dict.fromkeys(named) if name])
 
     def _tokenizer_checkpoint(self) -> Checkpoint:
+        """The one asked for, else the adapter's own, else the model's."""
         name = self.config.model.tokenizer
-        return self.checkpoint if name is None else open_checkpoint(name)
+        if name is not None:
+            return open_checkpoint(name)
+        own = None if self.adapter is None else self.adapter.tokenizer
+        return self.checkpoint if own is None else own
 
     def _check_output_apart(self) -> None:
         """Results below the input would be read as input by the next run."""

@@ -70,7 +70,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     from pipeline.models.tokenizer import Tokenizer
 
     config = job.config
-    runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine if job.manifest else None)
+    runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine if job.manifest else None, job.adapter)
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = make_task(job, tokenizer)
     job.check_resolved(runtime.resolved())
@@ -78,7 +78,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
     if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
-        runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine)
+        runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine, job.adapter)
     sink = job.sink(claims.attempt)
     if not job.chunks:
         sink.commit_empty()
@@ -86,7 +86,8 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     if not pending:
         return
     write_plan(job, runtime)
-    console.note(runtime.describe())
+    for line in (runtime.describe(), *job.notes()):
+        console.note(line)
     if not runtime.spec.batch_invariant:
         console.note(
             "a row's result can depend on the rows computed with it, because outliers are found over the whole batch; "
@@ -125,8 +126,9 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
 
     config = job.config
     prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names)
+    end = (tokenizer.end_token_id,) if job.tokenizer_is_adapters and tokenizer.end_token_id is not None else ()
     if config.task.kind == "label":
-        stop = job.checkpoint.stop_token_ids
+        stop = (*end, *job.checkpoint.stop_token_ids)
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
     if config.task.kind == "score":
         return prompts, ScoreTask(
@@ -137,7 +139,7 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
             on_request=config.on_request,
         )
     return prompts, GenerateTask(
-        sampling_params(config.sampling, job.checkpoint),
+        sampling_params(config.sampling, job.checkpoint, end),
         tokenizer.decode,
         config.sampling.columns,
         config.on_request,
@@ -371,7 +373,7 @@ def show_plan(job: Job, console: Console) -> ExitCode:
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
 
-    runtime = resolve_runtime(job.config, job.checkpoint, job.manifest.engine if job.manifest else None)
+    runtime = resolve_runtime(job.config, job.checkpoint, job.manifest.engine if job.manifest else None, job.adapter)
     make_task(job, Tokenizer(str(job.tokenizer.folder), job.config.model.trust_remote_code))
     job.check_resolved(runtime.resolved())
     console.result(json.dumps(plan_of(job, runtime), indent=2, default=str))

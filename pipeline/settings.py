@@ -25,6 +25,8 @@ class ModelSettings:
     trust_remote_code: bool = False
     max_len: int | None = None
     device: str = "auto"
+    adapter: str | None = None
+    adapter_revision: str | None = None
     memory_gib: float | None = None
 
 

@@ -64,6 +64,7 @@ class RunStats:
     dtype: str = ""
     device: str = ""
     quantization: str = ""
+    adapter: str = ""
     versions: str = ""
     config: str = ""
 
@@ -172,6 +173,7 @@ def with_identity(
         dtype=resolved["resolved.dtype"],
         device=resolved["resolved.device"],
         quantization=resolved["resolved.quantization"],
+        adapter=resolved.get("resolved.adapter", ""),
         versions=json.dumps(dict(versions), sort_keys=True),
         config=json.dumps(config, sort_keys=True, default=str),
     )

@@ -37,10 +37,11 @@ def reference() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def load_decoder() -> Callable[..., Any]:
-    """Folder, dtype, quant (a key of `oracle.QUANTS`) and kernel to this project's model on the CPU, loaded once."""
+    """Folder, dtype, quant (a key of `oracle.QUANTS`), kernel and adapter to our model on the CPU, loaded once."""
     import torch
     from oracle import QUANTS
 
+    from pipeline.models.adapter import open_adapter
     from pipeline.models.architecture import load_config
     from pipeline.models.checkpoint import open_checkpoint
     from pipeline.models.loader import load_model
@@ -49,20 +50,25 @@ def load_decoder() -> Callable[..., Any]:
     from pipeline.quant.spec import QuantSettings
 
     @cache
-    def load(folder: Path, dtype: torch.dtype, quant: str = "none", kernel: str = "auto", **settings: Any) -> Any:
+    def load(
+        folder: Path, dtype: torch.dtype, quant: str = "none", kernel: str = "auto", adapter: Path | None = None,
+        **settings: Any,
+    ) -> Any:  # fmt: skip
         checkpoint = open_checkpoint(str(folder))
         asked = QuantSettings(**{**QUANTS[quant], "kernel": kernel, **settings})
         spec = resolve_spec(asked, checkpoint.quantization, str(folder))
         needs = needs_of(spec, spec.stored_modules(checkpoint.tensors), "cpu", None, dtype)
         config = load_config(str(folder), str(folder), False)
-        return load_model(checkpoint, config, format_of(spec, kernel, needs)[0], dtype, torch.device("cpu"))
+        format_ = format_of(spec, kernel, needs)[0]
+        opened = None if adapter is None else open_adapter(str(adapter))
+        return load_model(checkpoint, config, format_, dtype, torch.device("cpu"), adapter=opened)
 
     return load
 
 
 @pytest.fixture(scope="session")
 def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
-    """Folder, dtype, quant, kernel and engine settings (slots, max_len, prefill_tokens) to an `EngineUnderTest`."""
+    """As `load_decoder`, and engine settings (slots, max_len, prefill_tokens), to an `EngineUnderTest`."""
     import torch
     from oracle import EngineUnderTest
 
@@ -70,9 +76,10 @@ def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
     from pipeline.models.architecture import geometry_of
 
     def build(
-        folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", kernel: str = "auto", **engine: Any
-    ) -> EngineUnderTest:
-        decoder = load_decoder(folder, dtype, quant, kernel)
+        folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", kernel: str = "auto",
+        adapter: Path | None = None, **engine: Any,
+    ) -> EngineUnderTest:  # fmt: skip
+        decoder = load_decoder(folder, dtype, quant, kernel, adapter)
         geometry = geometry_of(decoder.model.config)
         settings = EngineSettings(**engine)
         plan = plan_engine(

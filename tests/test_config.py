@@ -180,6 +180,7 @@ def test_every_key_can_be_set_and_does_something(key: str) -> None:
     base = [choice] if choice else []
     base += ["task.labels=[yes,no]"] if choice == "task=label" else []
     base += ["shard.count=2"] if key == "shard.index" else []
+    base += ["model.adapter=some/adapter"] if key == "model.adapter_revision" else []
     before, after = load(*base), load(*base, f"{key}={sample}")
     unchanged = dataclasses.replace(after, resolved=before.resolved)
     assert unchanged != before, f"{key}={sample} is accepted and ignored"

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import WEIGHTS, low_rank, write_adapter
 
 from pipeline import config, fingerprint
 from pipeline.engine.plan import EngineSettings
+from pipeline.models.adapter import open_adapter
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.output.manifest import diff
 from pipeline.quant.spec import QuantSettings
@@ -186,6 +188,17 @@ def test_another_tokenizer_is_part_of_it(tmp_path: Path) -> None:
     keys = changed(requested(), requested(tokenizer=other))
     assert "tokenizer.files.tokenizer.json" in keys
     assert all(key.startswith("tokenizer") for key in keys)
+
+
+def test_an_adapter_is_part_of_it(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(TINY))
+    folders = [write_adapter(tmp_path / str(n), low_rank("lm_head", 256, 2048, seed=n % 2)) for n in range(3)]
+    first, other, moved = (
+        fingerprint.requested(RUN, checkpoint, checkpoint, open_adapter(str(folder))) for folder in folders
+    )
+    assert changed(requested(), first) == [f"model.adapter.{name}" for name in ("adapter_config.json", WEIGHTS)]
+    assert changed(first, other) == [f"model.adapter.{WEIGHTS}"]
+    assert changed(first, moved) == []
 
 
 def test_versions_are_for_the_record() -> None:

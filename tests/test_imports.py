@@ -28,6 +28,7 @@ NEEDS_TORCH = (
     "pipeline.models.decoder",
     "pipeline.models.head",
     "pipeline.models.loader",
+    "pipeline.models.lora",
     "pipeline.models.rope",
     "pipeline.models.runtime",
     "pipeline.quant.bnb*",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError
 
 WEIGHT_SAMPLES = 16
 SAMPLE_BYTES = 65536
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes that a weight may have which no statistics go with."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 HASHED_FILES = (
@@ -46,14 +48,14 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name; raises ConfigError on a missing, truncated or foreign weight file."""
-        return {info.name: info for file in self.weight_files for info in _read_header(file)}
+        return {info.name: info for file in self.weight_files for info in read_header(file)}
 
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files, as the index names them, or all of the folder."""
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
             missing = [n for n in names if not (self.folder / n).is_file()]
             if missing:
                 raise ConfigError(f"model.path={self.name}: {index.name} names {missing[0]}, which is not there")
@@ -70,13 +72,13 @@ class Checkpoint:
     def generation_config(self) -> dict[str, Any]:
         """What generation_config.json holds; empty without one."""
         file = self.folder / "generation_config.json"
-        return _read_json(file) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
         """What the checkpoint says of its quantization; config.json wins over quantize_config.json (older tools)."""
         file = self.folder / "quantize_config.json"
-        return (_read_json(file) if file.is_file() else {}) | (self.config.get("quantization_config") or {})
+        return (read_json(file) if file.is_file() else {}) | (self.config.get("quantization_config") or {})
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -101,30 +103,42 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a hub id (downloaded, or taken from the local cache); raises ConfigError."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(path, revision)
+        folder = from_hub(path, revision)
     file = folder / "config.json"
     if not file.is_file():
+        _refuse_adapter(path, folder)
         raise ConfigError(f"model.path={path} has no config.json; name a folder in the Hugging Face layout")
-    return Checkpoint(name=path, folder=folder, config=_read_json(file))
+    return Checkpoint(name=path, folder=folder, config=read_json(file))
 
 
-def _from_hub(path: str, revision: str | None) -> Path:
+def _refuse_adapter(path: str, folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        base = read_json(file).get("base_model_name_or_path") or "its base model"
+        raise ConfigError(f"model.path={path} is an adapter, no model; use model.path={base} model.adapter={path}")
+
+
+def from_hub(
+    path: str, revision: str | None, key: str = "model.path", files: Sequence[str] = tuple(DOWNLOADED)
+) -> Path:
+    """The local copy of a hub repository's `files`; raises ConfigError naming `key`, whose value `path` is."""
     if not HUB_ID.fullmatch(path):
-        raise ConfigError(f"model.path={path} does not exist; name a model folder or a hub id")
+        raise ConfigError(f"{key}={path} does not exist; name a folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"model.path={path} is no folder here and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); check model.path and model.revision, or download it where there is a network "
+            f"{key}={path} is no folder here and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}); check {key} and its revision, or download it where there is a network "
             f"(`hf download {path}`) and name its folder"
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object's content; raises ConfigError if the file holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -134,8 +148,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(file: Path) -> list[TensorInfo]:
-    """Format: 8 bytes little-endian length, then a JSON object of name to dtype, shape and offsets (safetensors)."""
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of a safetensors file; raises ConfigError on a truncated or foreign one.
+
+    Format: 8 bytes little-endian length, then a JSON object of name to dtype, shape and offsets (safetensors).
+    """
     broken = ConfigError(f"{file} is truncated or no safetensors file; fetch the checkpoint again")
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.models import lora
+from pipeline.models.adapter import Adapter
 from pipeline.models.architecture import ATTENTION, register_attention
-from pipeline.models.checkpoint import Checkpoint, TensorInfo
+from pipeline.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
 from pipeline.models.rope import install_row_rope
@@ -22,7 +24,6 @@ from pipeline.quant.spec import QuantSpec, StoredModule
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Buffers that old checkpoints carry and models compute themselves."""
 RENAMED = {"embed_out.": "lm_head."}
@@ -48,6 +49,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    adapter: Adapter | None = None,
     trust_remote_code: bool = False,
     progress: Progress = iter,
 ) -> TransformersDecoder:
@@ -57,16 +59,27 @@ def load_model(
     for a progress bar.
     """
     model = _skeleton(config, dtype, trust_remote_code)
+    if adapter is not None:
+        lora.check_fits(adapter, model)
     loads = plan_loads(checkpoint, model, quant)
     for load in progress(loads):
         _run(load, model, quant, dtype, device)
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
     _finish(model, checkpoint, device)
+    if adapter is not None:
+        lora.replace_tensors(adapter, model, lambda info: _read(info).to(device=device, dtype=dtype))
     _widen_head(model)
+    if adapter is not None:
+        lora.add_updates(adapter, model, lambda info: _read(info).to(device=device, dtype=torch.float32))
     used = {info.name for load in loads for info in load.tensors.values()}
     unused = tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
+
+
+def check_adapter(adapter: Adapter, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Raise ConfigError naming file and tensor unless the adapter fits the model; reads no weights."""
+    lora.check_fits(adapter, _skeleton(config, dtype, trust_remote_code))
 
 
 def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:

@@ -121,6 +121,7 @@ class Placement:
     device_type: str
     budget: int
     dense_product: bool = True
+    adapter_bytes: int = 0
 
 
 def plan_shapes(
@@ -164,6 +165,9 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
         0 if engine.share_prefix is None else PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
     )
     passes += shared
+    if place.adapter_bytes:
+        weights += place.adapter_bytes
+        passes += adapter_pass_bytes(place.geometry, tokens, logit_rows)
     rest = place.budget - weights - passes
     if rest <= 0:
         raise ConfigError(
@@ -227,6 +231,11 @@ def pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int, dtype: tor
     """A generous estimate of what one pass holds at a time: activations of a layer, and float32 logits."""
     activations = tokens * (3 * geometry.intermediate + 8 * geometry.hidden) * dtype.itemsize
     return activations + 3 * logit_rows * geometry.vocab * 4
+
+
+def adapter_pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int) -> int:
+    """What an adapter's float32 copy of a Linear's inputs, its update and their sum add to a pass."""
+    return 4 * (tokens * (geometry.hidden + 2 * geometry.intermediate) + 2 * logit_rows * geometry.vocab)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.plan import EnginePlan, EngineSettings
+from pipeline.engine.plan import EnginePlan, EngineSettings, ModelGeometry
+from pipeline.models.adapter import Adapter
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.memory import (
@@ -47,6 +48,7 @@ class Runtime:
     kernel_reason: str
     shapes: EnginePlan
     memory: MemoryPlan
+    adapter: Adapter | None = None
 
     @property
     def spec(self) -> QuantSpec:
@@ -60,19 +62,22 @@ class Runtime:
 
     def resolved(self) -> dict[str, Any]:
         """What was settled and changes bits: part of the fingerprint."""
+        adapter = {} if self.adapter is None else {"resolved.adapter": self.adapter.describe()}
         return {
             "resolved.device": self.device.type,
             "resolved.dtype": str(self.place.dtype).removeprefix("torch."),
             "resolved.kernel": self.kernel_name,
             "resolved.quantization": self.spec.describe(),
-        }
+        } | adapter
 
     def describe(self) -> str:
         """One line for the log."""
         dtype = str(self.place.dtype).removeprefix("torch.")
         return (
             f"{self.place.checkpoint.name}: {self.spec.describe()} weights, {dtype}, on {self.device}, "
-            f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.quant else "")
+            f"kernel {self.kernel_name}"
+            + (f" ({self.kernel_reason})" if self.quant else "")
+            + (f", adapter {self.adapter.name}: {self.adapter.describe()}" if self.adapter else "")
         )
 
     def load(
@@ -99,6 +104,7 @@ class Runtime:
             self.quant,
             place.dtype,
             self.device,
+            adapter=self.adapter,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -123,33 +129,49 @@ def _splits(settings: EngineSettings, model: TransformersDecoder, head: tuple[in
     return Splits(head=head, grid=settings.share_prefix)
 
 
-def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Mapping[str, Any] | None) -> Runtime:
+def resolve_runtime(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    stored_shapes: Mapping[str, Any] | None,
+    adapter: Adapter | None = None,
+) -> Runtime:
     """Settle where and how the model runs; raises ConfigError with sizes or reasons if it cannot.
 
     `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
     """
+    from pipeline.models.loader import check_adapter
     from pipeline.quant.format import format_of, needs_of
 
     spec = resolve_spec(config.quant, checkpoint.quantization, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
     device = resolve_device(config.model)
     dtype = resolve_dtype(config.model, checkpoint)
+    if adapter is not None:
+        check_adapter(adapter, transformers_config, dtype, config.model.trust_remote_code)
     modules = spec.stored_modules(checkpoint.tensors)
     quant, reason = format_of(
         spec, config.quant.kernel, needs_of(spec, modules, device.type, capability_of(device), dtype)
     )
     place = Placement(
         checkpoint=checkpoint,
-        geometry=geometry_of(transformers_config),
+        geometry=_geometry(transformers_config, adapter),
         spec=spec,
         dtype=dtype,
         device_type=device.type,
         budget=memory_budget(config.model, device),
         dense_product=quant is not None and quant.kernel.linear is None,
+        adapter_bytes=0 if adapter is None else adapter.num_bytes(dtype.itemsize),
     )
     if stored_shapes is None:
         shapes, memory = plan_shapes(place, config.engine, config.quant, config.model.max_len)
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
-    return Runtime(place, transformers_config, device, quant, reason, shapes, memory)
+    return Runtime(place, transformers_config, device, quant, reason, shapes, memory, adapter)
+
+
+def _geometry(config: PretrainedConfig, adapter: Adapter | None) -> ModelGeometry:
+    """The model's, with the vocabulary that an adapter may bring."""
+    geometry = geometry_of(config)
+    vocab = None if adapter is None else adapter.vocab
+    return geometry if vocab is None else replace(geometry, vocab=vocab)

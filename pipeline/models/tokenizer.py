@@ -48,6 +48,12 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return len(self._tokenizer)
 
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that it says ends a text, None if it names none."""
+        token: int | None = self._tokenizer.eos_token_id
+        return token
+
     def chat(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> str:
         """The conversation as text, up to where the assistant's answer begins; special tokens included."""
         text = self._tokenizer.apply_chat_template(

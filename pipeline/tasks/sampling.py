@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from pipeline.settings import SamplingSettings
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> SamplingParams:
-    """What null stands for is taken from the checkpoint; its end tokens always stop an answer.
+def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint, also_end: Sequence[int] = ()) -> SamplingParams:
+    """What null stands for is taken from the checkpoint; its end tokens, and `also_end`, always stop an answer.
 
     A checkpoint that says do_sample: false is greedy. Raises ConfigError on values out of range.
     """
@@ -27,7 +27,7 @@ def sampling_params(settings: SamplingSettings, checkpoint: Checkpoint) -> Sampl
         if chosen[key] is None:
             value = stored.get(key)
             chosen[key] = neutral if value is None else value
-    stop = dict.fromkeys((*checkpoint.stop_token_ids, *settings.stop_token_ids))
+    stop = dict.fromkeys((*checkpoint.stop_token_ids, *also_end, *settings.stop_token_ids))
     try:
         return SamplingParams(
             max_new_tokens=settings.max_new_tokens,
