@@ -29,9 +29,9 @@ from pipeline.settings import (
 )
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
-MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options")
+MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options", "output.storage_options")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
-OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.")
+OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.", "output.storage_options.")
 """Keys below which any name is taken."""
 PACKAGE = Path(__file__).parent
 

@@ -155,6 +155,7 @@ SAMPLES = {
     "engine.slots": "3",
     "engine.prefill_tokens": "3",
     "output.compression": "snappy",
+    "output.storage_options": "{anon: true}",
     "shard.index": "1",
 }
 """A value other than the default, for the keys where the type alone does not give one."""
