@@ -62,6 +62,7 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
         return show_plan(job, console)
     with job.output.claims() as claims:
         if not job.is_answered():
+            job.output.prepare()
             answer_rows(job, claims, console, stopping, started)
         return finish(job, claims, console)
 
@@ -72,7 +73,6 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     from pipeline.models.tokenizer import Tokenizer
 
     config = job.config
-    job.output.prepare()
     runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine if job.manifest else None)
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = make_task(job, tokenizer)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,28 @@ from pipeline.output.store import Store
 BUCKET = "bucket"
 KEY, SECRET = "AKIAHIDDENKEY", "hidden-secret-of-the-store"
 Environment = dict[str, Any]
-Fault = Callable[[Environment, Callable[[], Sequence[bytes]]], Sequence[bytes] | None]
-"""Gets a request and what carries it out; None instead of an answer ends the connection without one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request at the door of a store, and what can become of it."""
+
+    environ: Environment
+    carry_out: Callable[[], Sequence[bytes]]
+    refuse: Callable[[int, str], Sequence[bytes]]
+    """Answer with a status and a code of S3."""
+
+    @property
+    def method(self) -> str:
+        return str(self.environ["REQUEST_METHOD"])
+
+    @property
+    def path(self) -> str:
+        return str(self.environ["PATH_INFO"])
+
+
+Fault = Callable[[Request], Sequence[bytes] | None]
+"""What a store or network does with a request; None instead of an answer ends the connection without one."""
 
 
 @dataclass
@@ -84,11 +105,18 @@ class S3Server:
         for key, content in objects.items():
             s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(BUCKET, key, content)
 
+    def age(self, key: str, seconds: float) -> None:
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].get_object(BUCKET, key).last_modified -= timedelta(seconds=seconds)
+
     def remove(self, key: str) -> None:
         self.client.delete_object(Bucket=BUCKET, Key=key)
 
     @contextmanager
-    def failing(self, fault: Fault) -> Iterator[None]:
+    def failing(self, fault: Fault | None) -> Iterator[None]:
+        """A fault while the context lasts; the fault may also be set in it."""
         self.fault = fault
         try:
             yield
@@ -105,9 +133,15 @@ class S3Server:
                 with self._one_at_a_time:
                     return list(moto(environ, start_response))
 
+            def refuse(status: int, code: str) -> Sequence[bytes]:
+                content = f"<Error><Code>{code}</Code><Message>{code} by the test</Message></Error>".encode()
+                headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))]
+                start_response(f"{status} {code}", headers)
+                return [content]
+
             if self.fault is None:
                 return carry_out()
-            answer = self.fault(environ, carry_out)
+            answer = self.fault(Request(environ, carry_out, refuse))
             if answer is None:
                 raise ConnectionAbortedError("the network is gone")
             return answer
@@ -131,7 +165,7 @@ def s3_server() -> Iterator[S3Server]:
             pass
 
         def connection_dropped(self, *_: Any) -> None:
-            pass
+            self.close_connection = True
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     server = S3Server()
@@ -162,6 +196,8 @@ class Place:
     is_shared: bool = True
     """Whether other processes see it."""
     put_many: Callable[[dict[str, bytes]], None] = field(kw_only=True)
+    age: Callable[[str, float], None] = field(kw_only=True)
+    """Make a file so many seconds older than it is."""
 
     def store(self) -> Store:
         """The pipeline's view, a new one for each call."""
@@ -169,8 +205,15 @@ class Place:
 
     def args(self) -> list[str]:
         """The command line that sends an output here."""
-        options = [f"output.storage_options={json.dumps(self.options)}"] if self.options else []
-        return [f"output.dir={self.url}", *(option.replace('"', "'") for option in options)]
+        return [f"output.dir={self.url}", *_overrides("output.storage_options", self.options)]
+
+
+def _overrides(key: str, values: dict[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _overrides(f"{key}.{name}", value)
+        else:
+            yield f"{key}.{name}={value}"
 
 
 def local_place(root: Path) -> Place:
@@ -185,7 +228,12 @@ def local_place(root: Path) -> Place:
         for name, content in contents.items():
             put(name, content)
 
-    return Place(str(root), {}, files, put, lambda name: (root / name).unlink(), is_local=True, put_many=put_many)
+    def age(name: str, seconds: float) -> None:
+        os.utime(root / name, ((root / name).stat().st_mtime - seconds,) * 2)
+
+    return Place(
+        str(root), {}, files, put, lambda name: (root / name).unlink(), is_local=True, put_many=put_many, age=age
+    )
 
 
 def memory_place(folder: str) -> Place:
@@ -197,6 +245,9 @@ def memory_place(folder: str) -> Place:
     def files() -> dict[str, bytes]:
         return {key.removeprefix(root): fs.cat_file(key) for key in list(fs.store) if key.startswith(root)}
 
+    def age(name: str, seconds: float) -> None:
+        fs.store[root + name].modified -= timedelta(seconds=seconds)
+
     return Place(
         f"memory:/{root[:-1]}",
         {},
@@ -205,6 +256,7 @@ def memory_place(folder: str) -> Place:
         lambda name: fs.rm_file(root + name),
         is_shared=False,
         put_many=lambda contents: fs.pipe({root + name: content for name, content in contents.items()}),
+        age=age,
     )
 
 
@@ -216,6 +268,7 @@ def s3_place(server: S3Server, folder: str) -> Place:
         lambda name, content: server.put(f"{folder}/{name}", content),
         lambda name: server.remove(f"{folder}/{name}"),
         put_many=lambda contents: server.put_many({f"{folder}/{name}": c for name, c in contents.items()}),
+        age=lambda name, seconds: server.age(f"{folder}/{name}", seconds),
     )
 
 

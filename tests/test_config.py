@@ -219,6 +219,17 @@ def test_maps_replace_maps_and_grow_key_by_key() -> None:
     assert load("sampling.columns.seed=s", "+sampling.columns.n=c").sampling.columns == {"seed": "s", "n": "c"}
 
 
+@pytest.mark.parametrize("group", ["data", "output"])
+@pytest.mark.parametrize(
+    "value", ["={secret: hidden", "={'secret': hidden}", "=a,hidden", ".secret=${nothing.hidden}", ".secret=[hidden"]
+)
+def test_a_mistake_in_storage_options_does_not_tell_credentials(group: str, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"{group}.storage_options{value}")
+    assert f"{group}.storage_options" in str(error.value)
+    assert str(error.value).count("hidden") == value.count("nothing.hidden"), "a name of a key is no secret"
+
+
 def test_labels_keep_their_order_and_become_text() -> None:
     assert list(load("task=label", "task.labels=[10,9,2.5]").task.labels) == ["10", "9", "2.5"]
     assert list(load("task=label", "task.labels=[z,a,m]").task.labels) == ["z", "a", "m"]

@@ -13,13 +13,13 @@ import time
 import uuid
 from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pipeline.data.files import first_line
 from pipeline.errors import ConfigError
 from pipeline.output.remote_claims import RemoteClaims
 from pipeline.output.remote_reads import RangeFile, dataset_of
-from pipeline.output.store import CLAIMS, RUN_JSON, StoreError
+from pipeline.output.store import CLAIMS, RUN_JSON, STORES, StoreError
 from pipeline.redaction import redacted_url, without
 
 if TYPE_CHECKING:
@@ -28,20 +28,22 @@ if TYPE_CHECKING:
 
     import pyarrow.dataset as ds
 
-T = TypeVar("T")
-
-STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
-          "memory": "fsspec"}  # fmt: skip
-"""URL schemes whose uploads appear whole and can be refused where the name is taken, and the package of each."""
 CONTACT_S = 30.0
-"""How long a store may take for its first answer."""
+"""How long a store may take for each of its first answers, before the run."""
+CALL_S = 120.0
+"""The same for every other one, all retries of the libraries below included; without it a connection that has
+gone silent can be waited for without end."""
+SLOWEST_BYTES_PER_S = 2**20
 S3_PUT_BYTES = 5 * 2**30
 """The most that S3 takes in one request. Larger objects would be made of parts, which not every S3-like store
 completes under a condition, and which stay behind, unseen and paid for, when a process is killed."""
 
 _IMPATIENT: Mapping[str, Mapping[str, Any]] = {"s3fs": {"config_kwargs": {"retries": {"max_attempts": 1}}}}
 """Options of the first contact, where a wrong address should not be tried for minutes."""
-_CONFLICT_PAUSES_S = (0.1, 0.3, 1.0, 3.0)
+_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 3.0)
+"""Between the tries of an exclusive upload that met another request."""
+_TRY_AGAIN = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict", "OperationAborted")
+_MODIFIED = {"s3fs": "LastModified", "gcsfs": "mtime", "adlfs": "last_modified"}
 _LOGGERS = ("adlfs", "aiobotocore", "azure", "botocore", "fsspec", "gcsfs", "s3fs")
 _ONE_BY_ONE = threading.Lock()  # memory:// looks and then writes; all who use it are threads of this process
 
@@ -73,16 +75,18 @@ class RemoteStore:
         self._options = storage_options
         self._protocol = url.partition("://")[0]
         self._require_exclusive()
+        self._package = STORES[self._protocol]
+        self._patience_s = CONTACT_S
         _quiet()
         with self._start():
-            self._fs, root = _connect(url, storage_options)
-            impatient = {**_IMPATIENT.get(STORES[self._protocol], {}), **storage_options}
-            first, _ = _connect(url, impatient)
+            self._fs, root = _connect(url, {**_IMPATIENT.get(self._package, {}), **storage_options})
         self._root = root.rstrip("/")
         if not self._root.strip("/") and self._protocol != "memory":
             raise ConfigError(f"output.dir {self._url} names no bucket; write {self._protocol}://bucket/folder")
         with self._start():
-            _within(CONTACT_S, lambda: self._contact(first))
+            self._contact()
+            self._fs, _ = _connect(url, storage_options)
+        self._patience_s = CALL_S
 
     def shown(self, name: str = "") -> str:
         """The URL, without credentials."""
@@ -92,11 +96,11 @@ class RemoteStore:
         """Make an object and try to make it again; ConfigError if the first is refused or the second is not."""
         probe = f"{CLAIMS}/.probe.{uuid.uuid4().hex}.tmp"
         with self._start():
-            exclusive = _within(CONTACT_S, lambda: self._refuses_second(probe))
+            exclusive = self._refuses_second(probe)
         if not exclusive:
             raise ConfigError(
                 f"output.dir {self._url} is in a store that lets an upload replace what is there although it was asked "
-                f"not to, so results could be lost; update the store or {STORES[self._protocol]}, or write to a local "
+                f"not to, so results could be lost; update the store or {self._package}, or write to a local "
                 "folder"
             )
 
@@ -106,7 +110,7 @@ class RemoteStore:
     def exists(self, name: str) -> bool:
         """Whether there is an object of that name now."""
         with suppress(FileNotFoundError), self._reaching():
-            return bool(self._fs.info(self._key(name))["type"] == "file")
+            return bool(self._ask("info", self._key(name))["type"] == "file")
         return False
 
     def names(self, folder: str) -> list[str]:
@@ -114,13 +118,13 @@ class RemoteStore:
         prefix = self._key(folder) + "/"
         keys: list[str] = []
         with suppress(FileNotFoundError), self._reaching():
-            keys = self._fs.find(self._key(folder))
+            keys = self._ask("find", self._key(folder))
         return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and "/" not in key[len(prefix) :]]
 
     def read(self, name: str) -> bytes:
         """An object's content."""
         with self._reaching():
-            return bytes(self._fs.cat_file(self._key(name)))
+            return bytes(self._ask("cat_file", self._key(name)))
 
     def open(self, name: str) -> BinaryIO:
         """An object to read here and there, by requests for ranges."""
@@ -136,21 +140,22 @@ class RemoteStore:
 
         A request that was carried out and whose answer got lost is repeated by the libraries below, and then
         refused because of itself. So whatever goes wrong, what the object holds decides: it is ours if it is
-        what we sent. S3 asks to try again when two requests meet (409).
+        what we sent. It is tried again if somebody has just removed the object that was in the way, if there was
+        no answer at all, and if S3 asks for it, as it does when two requests meet.
         """
-        for pause_s in (*_CONFLICT_PAUSES_S, None):
+        for pause_s in _PAUSES_S:
             try:
                 self._upload(name, data, exclusively=True)
             except Exception as error:
                 present = self._present(name, error)
                 if present is not None:
                     return present == data
-                if pause_s is None or not _is_conflict(error):
+                if not _is_worth_another_try(error):
                     raise self._told(error) from error
                 time.sleep(pause_s)
             else:
                 return True
-        raise AssertionError("the last try returns or raises")
+        raise StoreError(f"it could not be made in {len(_PAUSES_S)} tries")
 
     @contextmanager
     def draft(self, name: str, attempt: str) -> Iterator[RemoteDraft]:
@@ -165,7 +170,7 @@ class RemoteStore:
     def remove(self, name: str) -> None:
         """Remove an object if it is there."""
         with suppress(FileNotFoundError), self._reaching():
-            self._fs.rm_file(self._key(name))
+            self._ask("rm_file", self._key(name))
 
     def claims(self, lease_s: float = 60.0) -> RemoteClaims:
         """A process's claims in this output."""
@@ -176,26 +181,40 @@ class RemoteStore:
 
     def modified(self, name: str) -> datetime:
         """When an object was last written, by the store's clock; FileNotFoundError if there is none."""
+        key = self._key(name)
         with self._reaching():
-            moment: datetime = self._fs.modified(self._key(name))
+            field = _MODIFIED.get(self._package)
+            moment: datetime = self._ask("info", key)[field] if field else self._fs.modified(key)
         return moment
+
+    def _ask(self, method: str, *arguments: Any, size: int = 0, **options: Any) -> Any:
+        """The result of a file system's method, in time; `size` is of the bytes that are moved."""
+        if not self._fs.async_impl:
+            return getattr(self._fs, method)(*arguments, **options)
+        from fsspec.asyn import sync
+
+        seconds = self._patience_s + size / SLOWEST_BYTES_PER_S
+        try:
+            return sync(self._fs.loop, getattr(self._fs, f"_{method}"), *arguments, timeout=seconds, **options)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {seconds:.0f} s") from error
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _opened(self, key: str) -> RangeFile:
         with self._reaching():
-            size = int(self._fs.info(key)["size"])
+            size = int(self._ask("info", key)["size"])
         return RangeFile(size, lambda start, end: self._read_range(key, start, end))
 
     def _read_range(self, key: str, start: int, end: int) -> bytes:
         with self._reaching():
-            return bytes(self._fs.cat_file(key, start=start, end=end))
+            return bytes(self._ask("cat_file", key, size=end - start, start=start, end=end))
 
     def _upload(self, name: str, data: bytes, *, exclusively: bool) -> None:
         """One request, or where fsspec's backend cuts large data, one that makes it appear."""
         more: dict[str, Any] = {"mode": "create" if exclusively else "overwrite"}
-        if STORES[self._protocol] == "s3fs":
+        if self._package == "s3fs":
             if len(data) >= S3_PUT_BYTES:
                 raise StoreError(
                     f"{len(data)} bytes are more than S3 takes in one request; use another output.dir with a smaller "
@@ -203,7 +222,7 @@ class RemoteStore:
                 )
             more["chunksize"] = S3_PUT_BYTES
         with _ONE_BY_ONE if self._protocol == "memory" else nullcontext():
-            self._fs.pipe_file(self._key(name), data, **more)
+            self._ask("pipe_file", self._key(name), data, size=len(data), **more)
 
     def _present(self, name: str, error: Exception) -> bytes | None:
         """What is there after an upload failed; the upload's own error where that cannot be told."""
@@ -221,11 +240,11 @@ class RemoteStore:
         self.remove(probe)
         return first and not second and kept == b"first"
 
-    def _contact(self, fs: Any) -> None:
+    def _contact(self) -> None:
         """Read and list; that nothing is there yet is fine, but that there is no such bucket is not."""
-        for look, name in ((fs.cat_file, RUN_JSON), (fs.find, CLAIMS)):
+        for look, name in (("cat_file", RUN_JSON), ("find", CLAIMS)):
             try:
-                look(self._key(name))
+                self._ask(look, self._key(name))
             except FileNotFoundError as error:
                 if _code(error) == "NoSuchBucket":
                     raise
@@ -243,7 +262,7 @@ class RemoteStore:
         try:
             yield
         except ImportError as error:
-            package = STORES[self._protocol]
+            package = self._package
             raise ConfigError(
                 f"output.dir {self._url} needs the package {package}, which cannot be imported ({first_line(error)}); "
                 f"pip install {package}"
@@ -280,35 +299,14 @@ def _connect(url: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
     return fs, str(root)
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call, or its exception; TimeoutError when there is none in time."""
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except Exception as error:  # noqa: BLE001  # carried to the caller, not swallowed
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="first-contact", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
-
-
 def _code(error: BaseException | None) -> str:
     """The store's own code of an error, where s3fs keeps it."""
     response = getattr(error, "response", None) or getattr(getattr(error, "__cause__", None), "response", None)
     return str(response["Error"].get("Code", "")) if isinstance(response, dict) and "Error" in response else ""
 
 
-def _is_conflict(error: Exception) -> bool:
-    return _code(error) in ("409", "ConditionalRequestConflict", "OperationAborted")
+def _is_worth_another_try(error: Exception) -> bool:
+    return isinstance(error, FileExistsError | TimeoutError) or _code(error) in _TRY_AGAIN
 
 
 def _quiet() -> None:

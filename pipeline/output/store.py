@@ -19,6 +19,10 @@ CLAIMS = "claims"
 RUN_JSON = "run.json"
 PLAN_JSON = "plan.json"
 
+STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
+          "memory": "fsspec"}  # fmt: skip
+"""URL schemes whose uploads appear whole and can be refused where the name is taken, and the package of each."""
+
 
 class StoreError(OSError):
     """An object store could not be reached, or refused; the message is one line without credentials."""
