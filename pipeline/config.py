@@ -24,14 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config_schema import GROUP_SCHEMAS, RootSchema, ShardSchema
 from pipeline.config_values import settings_from
 from pipeline.errors import ConfigError
+from pipeline.redaction import BLANK, redacted_url
 from pipeline.settings import (
     RunConfig,
 )
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
-MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options")
+MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options", "output.storage_options")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
-OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.")
+OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.", "output.storage_options.")
 """Keys below which any name is taken."""
 PACKAGE = Path(__file__).parent
 
@@ -70,23 +71,24 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 def _hydra_lines(override: Override) -> list[str]:
     """What Hydra is given for an override, after refusing what it would ignore or stumble over."""
     key, line = override.key_or_group, str(override.input_line)
+    shown = _shown(line)
     group = re.split(r"[./]", key)[0]
     if not key:
-        raise ConfigError(f"{line} names no key; a setting is written key=value")
+        raise ConfigError(f"{shown} names no key; a setting is written key=value")
     if key in FIXED_BY_CHOICE:
         raise ConfigError(f"{key} is set by the choice of its group; use {group}=... instead")
     if group == "hydra":
         raise ConfigError(_unknown_key(key))
     if override.is_delete():
-        raise ConfigError(f"{line} would delete a key, which is not possible; set {key} to a value or to null")
+        raise ConfigError(f"{shown} would delete a key, which is not possible; set {key} to a value or to null")
     if override.is_sweep_override():
         raise ConfigError(
-            f"{line} has several values for {key}; a list is written {key}=[a,b], and a text with commas is quoted "
+            f"{shown} has several values for {key}; a list is written {key}=[a,b], and a text with commas is quoted "
             f"twice, as in '{key}=\"a,b\"'"
         )
     if key in group_names() and not isinstance(override.value(), str):
         raise ConfigError(
-            f"{line} names no choice; {key} can be {', '.join(choices(key))}, and its keys are set one by one"
+            f"{shown} names no choice; {key} can be {', '.join(choices(key))}, and its keys are set one by one"
         )
     if key in MAPS and isinstance(override.value(), dict):
         return [f"{key}=null", line]
@@ -144,11 +146,13 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's and OmegaConf's messages as one sentence with key, value and remedy."""
     text, cause = str(error), str(error.__cause__ or "")
     if "nterpolation" in text:
-        named = next((override for override in overrides if "${" in override), "the configuration")
+        named = next((_shown(override) for override in overrides if "${" in override), "the configuration")
         return f"{named} refers to what is not there ({_first_line(text)}); write \\${{ for the characters themselves"
     if isinstance(error, OverrideParseException):
+        shown = _shown(str(error.override))
+        why = f" ({_first_line(cause or text)})" if BLANK not in shown else ""
         return (
-            f"{error.override} cannot be parsed ({_first_line(cause or text)}); quote a value with braces, commas or "
+            f"{shown} cannot be parsed{why}; quote a value with braces, commas or "
             "spaces twice, as in 'task.prompt=\"Label {{ text }}\"', or use task.prompt_file"
         )
     match = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
@@ -163,6 +167,12 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         return f"{match[1]}: {_first_line(cause or text)}"
     match = re.search(r"Could not override '?([\w.@/-]+)'?", text)
     return _unknown_key(match[1]) if match else _first_line(text)
+
+
+def _shown(override: str) -> str:
+    """An override without credentials: any value of storage options may be one."""
+    key, equals, _ = override.partition("=")
+    return f"{key}{equals}{BLANK}" if "storage_options" in key else redacted_url(override)
 
 
 def _unknown_key(key: str) -> str:

@@ -155,10 +155,11 @@ class EngineSchema:
 
 @dataclass
 class OutputSchema:
-    dir: str = doc(MISSING, "folder of results, stats and run.json; the same one again resumes")
+    dir: str = doc(MISSING, "folder or fsspec URL of results, stats and run.json; the same one again resumes")
     columns: list[str] | None = doc(None, "input columns to keep in the results; all if null")
     compression: str = doc("zstd", f"of the results' Parquet: {', '.join(COMPRESSIONS)}")
     row_group_rows: int | None = doc(None, "rows in a row group of the results; a whole chunk if null")
+    storage_options: Any = doc({}, "what fsspec needs for output.dir as a URL: endpoint, credentials, ...")
 
 
 @dataclass

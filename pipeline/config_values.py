@@ -239,6 +239,7 @@ def _output(values: Mapping[str, Any]) -> OutputSettings:
         columns=_names("output.columns", values),
         compression=_one_of("output.compression", values["compression"], COMPRESSIONS),
         row_group_rows=_positive("output.row_group_rows", values["row_group_rows"]),
+        storage_options=_map("output.storage_options", values["storage_options"]),
     )
 
 

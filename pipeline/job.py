@@ -6,15 +6,15 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import __version__, fingerprint
+from pipeline.data.files import would_read
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
@@ -23,51 +23,13 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
 from pipeline.output.manifest import RunManifest
+from pipeline.output.open import open_store
 from pipeline.output.schema import results_schema
-from pipeline.output.sink import Sink, committed_parts
+from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
+from pipeline.output.store import RUN_JSON, Store
+from pipeline.redaction import redacted_url
 from pipeline.settings import RunConfig
 from pipeline.template import RowTemplate, names_in
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFolder:
-    """The places in `output.dir`."""
-
-    root: Path
-
-    @property
-    def results(self) -> Path:
-        """The committed Parts."""
-        return self.root / "results"
-
-    @property
-    def stats(self) -> Path:
-        """RunStats of every process."""
-        return self.root / "stats"
-
-    @property
-    def journal(self) -> Path:
-        """Work in progress; empty when done."""
-        return self.root / "journal"
-
-    @property
-    def claims(self) -> Path:
-        """Leases on chunks; empty when done."""
-        return self.root / "claims"
-
-    @property
-    def run_json(self) -> Path:
-        """The RunManifest."""
-        return self.root / "run.json"
-
-    @property
-    def plan_json(self) -> Path:
-        """The plan, to look at."""
-        return self.root / "plan.json"
-
-    def committed(self) -> set[str]:
-        """Ids of the chunks that have a Part."""
-        return committed_parts(self.results)
 
 
 class Job:
@@ -75,9 +37,9 @@ class Job:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.output = OutputFolder(Path(config.output.dir).expanduser())
-        answered = bool(self.output.committed())  # looked at first: whoever commits has made run.json before
-        stored = manifests.load(self.output.run_json) if self.output.run_json.exists() else None
+        self.output: Store = open_store(config.output.dir, config.output.storage_options)
+        answered = bool(self.committed())  # looked at first: whoever commits has made run.json before
+        stored = manifests.find(self.output)
         self.source: Source = open_source(config.data)
         if stored is not None and _same_columns(stored, config):
             self.source.fix_schema(stored.input_schema)
@@ -101,7 +63,7 @@ class Job:
             self._adopt(stored)
         elif answered:
             raise ConfigError(
-                f"output.dir {self.output.root} has results but no run.json to say what they were made with; "
+                f"output.dir {self.output.shown()} has results but no run.json to say what they were made with; "
                 "restore run.json, or use another output.dir"
             )
 
@@ -109,7 +71,7 @@ class Job:
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before the first run, as they would be registered."""
         base = self.manifest or self.fresh_manifest({}, {}, {})
-        return manifests.register(base, self.found, self.output.committed(), self.count)
+        return manifests.register(base, self.found, self.committed(), self.count)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -145,16 +107,20 @@ class Job:
             *([f"{brings}brings; model.tokenizer names another"] if self.tokenizer_is_adapters else []),
         ]
 
+    def committed(self) -> set[str]:
+        """Ids of the chunks that have a Part."""
+        return committed_parts(self.output)
+
     def pending(self) -> list[Chunk]:
         """Chunks without a Part, those of this process's shard first."""
-        committed = self.output.committed()
+        committed = self.committed()
         first = len(self.chunks) * self.config.shard.index // self.config.shard.count
         ordered = self.chunks[first:] + self.chunks[:first]
         return [chunk for chunk in ordered if chunk.id not in committed]
 
     def is_answered(self) -> bool:
         """Whether every row has its answer; a dataset without rows, when it has its empty Part."""
-        return self.manifest is not None and not self.pending() and bool(self.chunks or self.output.committed())
+        return self.manifest is not None and not self.pending() and bool(self.chunks or self.committed())
 
     def fresh_manifest(
         self, resolved: Mapping[str, Any], shapes: Mapping[str, Any], noted: Mapping[str, Any]
@@ -180,8 +146,8 @@ class Job:
             manifests.check(
                 self.manifest.fingerprint,
                 {**self.asked, **resolved},
-                self.output.root,
-                started=bool(self.output.committed()),
+                self.output.shown(),
+                started=bool(self.committed()),
             )
 
     def start(
@@ -191,14 +157,14 @@ class Job:
         if self.manifest is None:
             fresh = self.fresh_manifest(resolved, shapes, noted)
             fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
-            manifest, created = manifests.create_or_load(self.output.run_json, fresh)
+            manifest, created = manifests.create_or_load(self.output, fresh)
         else:
-            manifest, created = manifests.load(self.output.run_json), False
+            manifest, created = manifests.load(self.output), False
         if not created:
             self._adopt(manifest)
             self.check_resolved(resolved)
             if self.files != manifest.files:
-                manifest = manifests.update(self.output.run_json, claims, self._registered)
+                manifest = manifests.update(self.output, claims, self._registered)
         self._take(manifest)
 
     def sink(self, attempt: str) -> Sink:
@@ -211,8 +177,7 @@ class Job:
         }
         asked = self.config.output
         return Sink(
-            self.output.results,
-            self.output.journal,
+            self.output,
             self.schema.with_metadata(metadata),
             attempt,
             asked.compression,
@@ -224,30 +189,34 @@ class Job:
         """Raise RunFailed when run.json has been removed or replaced while this process worked."""
         assert self.manifest is not None
         try:
-            run_id = manifests.load(self.output.run_json).run_id
-        except ConfigError:
+            run_id = manifests.read(self.output).run_id
+        except (FileNotFoundError, ValueError):
             run_id = ""
         if run_id != self.manifest.run_id:
             raise RunFailed(
-                f"{self.output.run_json} is not the one this process started with any more; nothing is written under "
-                "other settings; run the same command again"
+                f"{self.output.shown(RUN_JSON)} is not the one this process started with any more; nothing is written "
+                "under other settings; run the same command again"
             )
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
         """Keep the run's summary in run.json, and clear away what killed processes left."""
-        manifests.sweep(self.output.run_json)
-        self._take(manifests.update(self.output.run_json, claims, lambda m: replace(m, summary=summary)))
+
+        def concluded(manifest: RunManifest) -> RunManifest:
+            self.output.sweep()  # while nobody else may write run.json
+            return replace(manifest, summary=summary)
+
+        self._take(manifests.update(self.output, claims, concluded))
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifest, files=manifests.register(manifest, self.found, self.output.committed(), self.count))
+        return replace(manifest, files=manifests.register(manifest, self.found, self.committed(), self.count))
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
-        manifests.check(asked_then, self.asked, self.output.root, started=bool(self.output.committed()))
+        manifests.check(asked_then, self.asked, self.output.shown(), started=bool(self.committed()))
         if not (manifest.schema.equals(self.schema) and manifest.input_schema.equals(self.input_schema)):
             raise ConfigError(
-                f"output.dir {self.output.root} has results of another schema than the input would give now; "
+                f"output.dir {self.output.shown()} has results of another schema than the input would give now; "
                 "restore the input's columns, or use another output.dir"
             )
         self._take(manifest)
@@ -277,12 +246,11 @@ class Job:
 
     def _check_output_apart(self) -> None:
         """Results below the input would be read as input by the next run."""
-        output = self.output.root.resolve()
+        output = self.config.output.dir
+        part = f"{output.rstrip('/')}/{part_path(NO_ROWS.id)}"
         for path in self.config.data.path:
-            if "://" not in path and Path(path).is_dir() and output.is_relative_to(Path(path).resolve()):
-                raise ConfigError(
-                    f"output.dir={self.config.output.dir} lies inside data.path={path}; choose another one"
-                )
+            if would_read(path, part):
+                raise ConfigError(redacted_url(f"output.dir={output} lies inside data.path={path}; choose another one"))
 
     def _check_columns(self) -> None:
         task = self.config.task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 BLANK = "(redacted)"
@@ -13,6 +14,7 @@ _SECRET = re.compile(
 _USER = re.compile(r"://[^/\s]+@")
 _SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE)
 _OPTIONS = "storage_options"
+_SHORTEST_SECRET = 4
 _HARMLESS = ("endpoint_url", "endpoint", "region", "region_name", "profile", "project", "account_name", "protocol")
 
 
@@ -35,6 +37,26 @@ def redacted(values: Any, key: str = "") -> Any:
 def redacted_url(text: str) -> str:
     """A text whose URLs show neither user and password nor signed parameters."""
     return _SIGNED.sub(rf"\1{BLANK}", _USER.sub(f"://{BLANK}@", text))
+
+
+def without(text: str, options: Mapping[str, Any]) -> str:
+    """A text, such as an error of a file system, in which no blanked value of its storage options stands."""
+    for secret in sorted(_blanked(options, redacted(options, _OPTIONS)), key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, BLANK)
+    return redacted_url(text)
+
+
+def _blanked(values: Any, clean: Any) -> Iterator[str]:
+    """The texts in values that are not in their redacted form."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _blanked(value, BLANK if clean == BLANK else clean[key])
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            yield from _blanked(value, BLANK if clean == BLANK else clean[index])
+    elif clean == BLANK:
+        yield str(values)
 
 
 def _redacted_options(values: Any, key: str) -> Any:

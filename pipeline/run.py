@@ -16,9 +16,11 @@ from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted
 from pipeline.job import Job
 from pipeline.output.claims import Claims
-from pipeline.output.sink import part_name
+from pipeline.output.durable import failing_run
+from pipeline.output.sink import part_path
+from pipeline.output.store import PLAN_JSON, RESULTS
 from pipeline.settings import RunConfig
-from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
+from pipeline.stats import IntervalRecorder, RunStats, last_stats, with_identity, write_stats
 
 if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
@@ -58,8 +60,9 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     job = Job(config)
     if config.dry_run:
         return show_plan(job, console)
-    with Claims(job.output.claims) as claims:
+    with job.output.claims() as claims:
         if not job.is_answered():
+            job.output.prepare()
             answer_rows(job, claims, console, stopping, started)
         return finish(job, claims, console)
 
@@ -113,7 +116,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         stats.finish(time.perf_counter() - started)
         _count_engine(stats, engine, runtime)
         recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
-        write_stats(job.output.stats, stats, recorder.intervals)
+        write_stats(job.output, stats, recorder.intervals)
 
 
 def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
@@ -268,7 +271,10 @@ class Shift:
         """Take a chunk unless somebody has it or, since the listing, has committed it."""
         if not self.claims.try_claim(chunk.id):
             return False
-        if (self.job.output.results / part_name(chunk.id)).exists():
+        name = part_path(chunk.id)
+        with failing_run(self.job.output.shown(name)):
+            done = self.job.output.exists(name)
+        if done:
             self.claims.release(chunk.id)
             return False
         return True
@@ -288,7 +294,7 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
     left = job.pending()
     if left:
         console.note(
-            f"{job.output.root}: {len(left)} of {len(job.chunks)} chunks are not done; {claims.others()} are in the "
+            f"{job.output.shown()}: {len(left)} of {len(job.chunks)} chunks are not done; {claims.others()} are in the "
             "hands of other processes; run the same command again"
         )
         return ExitCode.NOT_DONE
@@ -310,20 +316,18 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
 
 def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     """Totals over all Parts, of whichever process wrote them."""
-    sink = job.sink(claims.attempt)
-    sink.sweep()
-    totals = sink.totals(chunk.id for chunk in job.chunks)
+    totals = job.sink(claims.attempt).totals(chunk.id for chunk in job.chunks)
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
     if summary["error_rows"]:
         from pipeline.evaluate.errors import commonest_error
 
-        summary["commonest_error"] = commonest_error(job.output.results)
+        summary["commonest_error"] = commonest_error(job.output.dataset(RESULTS))
     truth = job.config.task.truth
     if truth is not None:
         from pipeline.evaluate.truth import accuracy
 
-        judged = accuracy(job.output.results, truth)
+        judged = accuracy(job.output.dataset(RESULTS), truth)
         summary["accuracy"] = {"column": truth, "rows": judged.judged, "correct": judged.correct, "value": judged.value}
     job.summarize(claims, summary)
     return summary
@@ -332,7 +336,7 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
 def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
     """What the end of a run prints."""
     lines = [
-        f"results    {job.output.results} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
+        f"results    {job.output.shown(RESULTS)} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
         f"in {_count(max(1, summary['chunks']), 'part')})"
     ]
     if summary.get("commonest_error"):
@@ -351,21 +355,19 @@ def _count(number: int, thing: str) -> str:
 
 def _speed(job: Job) -> Iterator[tuple[str, str]]:
     """Rates of the last process that has left its stats; several may have worked at once."""
-    import pyarrow.parquet as pq
-
-    files = sorted(job.output.stats.glob("run-*.parquet"))
-    if not files:
+    found = last_stats(job.output)
+    if found is None:
         return
-    last = pq.read_table(files[-1]).to_pylist()[0]
-    whose = f", the last of {len(files)} processes" if len(files) > 1 else ""
-    kinds = {name: last[f"{name}_tokens"] for name in ("prompt", "completion", "target")}
-    tokens = " + ".join(f"{count:,} {name}" for name, count in kinds.items() if count or name != "target")
+    name, last, processes = found
+    whose = f", the last of {processes} processes" if processes > 1 else ""
+    kinds = {kind: last[f"{kind}_tokens"] for kind in ("prompt", "completion", "target")}
+    tokens = " + ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count or kind != "target")
     yield (
         "speed",
         f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
         f"({tokens} tokens in {last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
     )
-    yield "stats", str(files[-1])
+    yield "stats", job.output.shown(name)
 
 
 def show_plan(job: Job, console: Console) -> ExitCode:
@@ -396,10 +398,8 @@ def plan_of(job: Job, runtime: Runtime) -> dict[str, Any]:
 
 def write_plan(job: Job, runtime: Runtime) -> None:
     """Leave the plan beside the results, to look at; raises RunFailed if it cannot be written."""
-    from pipeline.output.durable import failing_run
-
-    with failing_run(job.output.plan_json):
-        job.output.plan_json.write_text(json.dumps(plan_of(job, runtime), indent=2, default=str) + "\n")
+    with failing_run(job.output.shown(PLAN_JSON)):
+        job.output.replace(PLAN_JSON, (json.dumps(plan_of(job, runtime), indent=2, default=str) + "\n").encode())
 
 
 def _count_engine(stats: RunStats, engine: RequestEngine, runtime: Runtime) -> None:

@@ -109,6 +109,7 @@ class OutputSettings:
     columns: tuple[str, ...] | None = None
     compression: str = "zstd"
     row_group_rows: int | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,15 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from pipeline.output.durable import failing_run, make_folder
+from pipeline.output.durable import failing_run
+from pipeline.output.store import STATS
 
 if TYPE_CHECKING:
     from pipeline.engine.engine import EngineCounters
+    from pipeline.output.store import Store
 
 INTERVAL_S = 1.0
 
@@ -130,34 +132,39 @@ class IntervalRecorder:
         self._since, self._before, self._rows = now, current, rows
 
 
-def write_stats(folder: Path, stats: RunStats, intervals: list[Interval]) -> Path:
-    """Write run-<id>.parquet and intervals-<id>.parquet for this process; returns the former's path.
-
-    Raises RunFailed when the folder cannot be written.
-    """
+def write_stats(store: Store, stats: RunStats, intervals: list[Interval]) -> None:
+    """Write run-<id>.parquet and intervals-<id>.parquet for this process; RunFailed when that fails."""
     name = f"{stats.started_at:%Y%m%dT%H%M%S%f}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
-    make_folder(folder)
-    run_path = folder / f"run-{name}.parquet"
-    _write(run_path, [asdict(stats)], [asdict(stats)])
+    _write(store, f"{STATS}/run-{name}.parquet", [asdict(stats)], [asdict(stats)])
     empty = Interval(
         run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0,
         prefix_tokens=0, completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, prefill_s=0.0,
         decode_s=0.0,
     )  # fmt: skip
-    _write(folder / f"intervals-{name}.parquet", [asdict(i) for i in intervals], [asdict(empty)])
-    return run_path
+    _write(store, f"{STATS}/intervals-{name}.parquet", [asdict(i) for i in intervals], [asdict(empty)])
 
 
-def _write(path: Path, rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> None:
-    """Under a temporary name first, so that a reader of the folder never meets half a file."""
+def last_stats(store: Store) -> tuple[str, dict[str, Any], int] | None:
+    """The file of the last process that has left its stats, what it says, and of how many processes there are stats."""
+    import pyarrow.parquet as pq
+
+    names = sorted(name for name in store.names(STATS) if name.startswith("run-") and name.endswith(".parquet"))
+    if not names:
+        return None
+    name = f"{STATS}/{names[-1]}"
+    with store.open(name) as file:
+        values: dict[str, Any] = pq.read_table(file).to_pylist()[0]
+    return name, values, len(names)
+
+
+def _write(store: Store, name: str, rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.Table.from_pylist(like).schema
-    temporary = path.with_name(f".{path.name}.tmp")
-    with failing_run(path):
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-        temporary.replace(path)
+    file = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist(like).schema), file)
+    with failing_run(store.shown(name)):
+        store.replace(name, file.getvalue())
 
 
 def with_identity(

@@ -31,7 +31,6 @@ from pipeline.engine.engine import EngineCounters, Output
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.job import Job
 from pipeline.models.tokenizer import Tokenizer
-from pipeline.output.claims import Claims
 from pipeline.run import Shift, make_task
 from pipeline.stats import IntervalRecorder, RunStats
 
@@ -98,7 +97,7 @@ def run_pipeline(path: Path, output: Path) -> tuple[float, int]:
     prompts, task = make_task(job, tokenizer)
     process, peak = psutil.Process(), 0
     started = time.perf_counter()
-    with Claims(job.output.claims) as claims, Console(is_terminal=False).rows(job.num_rows, 0) as progress:
+    with job.output.claims() as claims, Console(is_terminal=False).rows(job.num_rows, 0) as progress:
         job.start(claims, {}, PLAN.as_dict(), {})
         sink = job.sink(claims.attempt)
         recorder = IntervalRecorder("bench", claims.attempt)

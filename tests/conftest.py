@@ -7,12 +7,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from collections.abc import Callable
+import importlib.util
+import uuid
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+S3_PACKAGES = ("s3fs", "moto", "flask")
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +105,26 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """A `stores.S3Server`, shared by all tests; each has folders of its own in it."""
+    missing = [name for name in S3_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (the extra test)")
+    from stores import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest) -> Any:
+    """An empty `stores.Place` of each kind."""
+    from stores import local_place, memory_place, s3_place
+
+    if request.param == "local":
+        return local_place(request.getfixturevalue("tmp_path") / "output")
+    folder = f"run-{uuid.uuid4().hex}"
+    return memory_place(folder) if request.param == "memory" else s3_place(request.getfixturevalue("s3"), folder)

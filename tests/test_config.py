@@ -157,6 +157,7 @@ SAMPLES = {
     "engine.dedup": "false",
     "engine.prefill_tokens": "3",
     "output.compression": "snappy",
+    "output.storage_options": "{anon: true}",
     "shard.index": "1",
 }
 """A value other than the default, for the keys where the type alone does not give one."""
@@ -219,6 +220,17 @@ def test_maps_replace_maps_and_grow_key_by_key() -> None:
     assert load(columns).sampling.columns == {"seed": "s", "n": "c"}
     assert load(columns, "sampling.columns={top_k: k}").sampling.columns == {"top_k": "k"}
     assert load("sampling.columns.seed=s", "+sampling.columns.n=c").sampling.columns == {"seed": "s", "n": "c"}
+
+
+@pytest.mark.parametrize("group", ["data", "output"])
+@pytest.mark.parametrize(
+    "value", ["={secret: hidden", "={'secret': hidden}", "=a,hidden", ".secret=${nothing.hidden}", ".secret=[hidden"]
+)
+def test_a_mistake_in_storage_options_does_not_tell_credentials(group: str, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"{group}.storage_options{value}")
+    assert f"{group}.storage_options" in str(error.value)
+    assert str(error.value).count("hidden") == value.count("nothing.hidden"), "a name of a key is no secret"
 
 
 def test_labels_keep_their_order_and_become_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import posixpath
@@ -21,6 +22,7 @@ EDGE_BYTES = 64 * 2**10
 REMOTE_BLOCK_BYTES = 8 * 2**20
 """What one request asks of a remote file that is read through."""
 _LOCAL_SCHEMES = ("file://", "local://")
+_SAME_STORE = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 
 
 class UnreadableFile(Exception):
@@ -143,6 +145,26 @@ def is_url(path: str) -> bool:
     return "://" in path and not path.startswith(_LOCAL_SCHEMES)
 
 
+def local_path(path: str) -> Path:
+    """A path that is no URL, or file://, as a path."""
+    return Path(path.partition("://")[2] if path.startswith(_LOCAL_SCHEMES) else path).expanduser()
+
+
+def would_read(path: str, file: str) -> bool:
+    """Whether reading an entry of `data.path` would come upon a file, existing or not; both may be URLs.
+
+    URLs are compared as they are written, with all names of a store taken for the same.
+    """
+    if is_url(path) != is_url(file):
+        return False
+    if is_url(path):
+        return _leads_to(_url_parts(path), _url_parts(file))
+    root, place = local_path(path), local_path(file)
+    if root.is_dir():
+        return place.resolve().is_relative_to(root.resolve())
+    return _is_wild(path) and _leads_to(root.absolute().parts, place.absolute().parts)
+
+
 def first_line(error: Exception) -> str:
     """An exception in a few words, its own credentials blanked."""
     return redacted_url(str(error).strip().partition("\n")[0]) or type(error).__name__
@@ -162,7 +184,7 @@ def _expand(text: str, kind: FileKind, storage_options: Mapping[str, Any]) -> li
         with reaching(text):
             found = _expand_url(text, kind, storage_options)
     else:
-        found = _expand_local(text.partition("://")[2] if text.startswith(_LOCAL_SCHEMES) else text, kind)
+        found = _expand_local(text, kind)
     if not found:
         raise ConfigError(
             f"data.path {redacted_url(text)} matches no {kind.noun} file; point it at "
@@ -173,7 +195,7 @@ def _expand(text: str, kind: FileKind, storage_options: Mapping[str, Any]) -> li
 
 
 def _expand_local(text: str, kind: FileKind) -> list[Located]:
-    path = Path(text).expanduser()
+    path = local_path(text)
     try:
         if path.is_file():
             return [_local(path, path.name)]
@@ -259,6 +281,22 @@ def _remote(fs: Any, key: str, name: str, info: Mapping[str, Any]) -> Located:
     if size is None:
         raise ConfigError(f"data.path {path} does not say how long it is; copy it to a disk or an object store")
     return Located(name=name, path=path, inner=name, key=key, size=int(size), fs=fs)
+
+
+def _url_parts(url: str) -> list[str]:
+    """Store, bucket or container, and names; without an account behind the container."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, names = rest.lstrip("/").partition("/")
+    return [_SAME_STORE.get(scheme, scheme), bucket.partition("@")[0], *(part for part in names.split("/") if part)]
+
+
+def _leads_to(pattern: Sequence[str], place: Sequence[str]) -> bool:
+    """Whether a glob matches a place, or a folder it is in, component by component."""
+    if not pattern:
+        return True
+    if pattern[0] == "**" and any(_leads_to(pattern[1:], place[skipped:]) for skipped in range(len(place) + 1)):
+        return True
+    return bool(place) and fnmatch.fnmatchcase(place[0], pattern[0]) and _leads_to(pattern[1:], place[1:])
 
 
 def _inside(key: str, root: str) -> str:

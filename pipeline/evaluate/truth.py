@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -22,10 +21,10 @@ class Accuracy:
         return self.correct / self.judged if self.judged else None
 
 
-def accuracy(results: Path, truth: str) -> Accuracy:
+def accuracy(results: ds.Dataset, truth: str) -> Accuracy:
     """Compare the columns `label` and `truth` (as text) over all Parts, streamed."""
     judged = correct = 0
-    for batch in ds.dataset(results, format="parquet").to_batches(columns=["label", truth]):
+    for batch in results.to_batches(columns=["label", truth]):
         expected = pc.cast(batch.column(truth), "string")
         judged += len(batch) - expected.null_count
         correct += pc.sum(pc.equal(batch.column("label"), expected)).as_py() or 0

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, RunFailed
+from pipeline.output.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,13 +101,18 @@ def _renameat2(temporary: Path, final: Path) -> int:
 
 
 @contextlib.contextmanager
-def failing_run(path: Path) -> Iterator[None]:
-    """Turn an OSError on the way to writing `path` into RunFailed."""
+def failing_run(shown: str | Path) -> Iterator[None]:
+    """Turn an OSError on the way to writing a file into RunFailed; `shown` is its path or URL."""
     try:
         yield
+    except StoreError as error:
+        raise RunFailed(
+            f"{shown} could not be written or read ({error}); make sure that the store of output.dir can be reached, "
+            "then run the same command again"
+        ) from error
     except OSError as error:
         raise RunFailed(
-            f"{path} could not be written ({reason(error)}); make output.dir writable with free space, then run the "
+            f"{shown} could not be written ({reason(error)}); make output.dir writable with free space, then run the "
             "same command again"
         ) from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -15,20 +14,19 @@ import pyarrow as pa
 from pipeline.data.source import FoundFile, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output.claims import RUN_CLAIM
-from pipeline.output.durable import discard, failing_run, make_folder, publish, sync_folder, write_file
+from pipeline.output.durable import failing_run
+from pipeline.output.store import RUN_JSON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
-    from pathlib import Path
 
     from pipeline.output.claims import Claims
+    from pipeline.output.store import Store
 
 FORMAT = 1
 """The version of run.json that this code writes and reads."""
 
-_LOCK_S = 10.0
-_RETRY_S = 0.05
 _SHOWN_DIFFERENCES = 5
 _SHOWN_CHARACTERS = 80
 _LEAD_CHARACTERS = 20  # shown before the first difference of two long values
@@ -86,54 +84,59 @@ class RunManifest:
             raise ValueError(f"a field is missing or malformed: {error}") from error
 
 
-def load(path: Path) -> RunManifest:
+def find(store: Store) -> RunManifest | None:
+    """Read run.json if there is one; ConfigError when it is corrupt or of another format version."""
+    try:
+        present = store.exists(RUN_JSON)
+    except OSError as error:
+        raise _unreadable(store, error) from error
+    return load(store) if present else None
+
+
+def load(store: Store) -> RunManifest:
     """Read run.json; ConfigError when it is missing, corrupt or of another format version."""
     try:
-        return RunManifest.from_json(path.read_text(encoding="utf-8"))
+        return read(store)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"output.dir {path.parent} has a {path.name} that cannot be read ({error}); restore it, or use another "
-            "output.dir"
-        ) from error
+        raise _unreadable(store, error) from error
 
 
-def create_or_load(path: Path, manifest: RunManifest) -> tuple[RunManifest, bool]:
+def read(store: Store) -> RunManifest:
+    """The same for whoever tells the errors apart: OSError as the store raises it, ValueError for another content."""
+    return RunManifest.from_json(store.read(RUN_JSON).decode("utf-8"))
+
+
+def create_or_load(store: Store, manifest: RunManifest) -> tuple[RunManifest, bool]:
     """Make run.json with `manifest` unless there is one; the run.json that counts, and whether it is ours.
 
     Of several processes that start at once exactly one creates, the others load what it made.
     Raises ConfigError when output.dir cannot be made or its run.json not be read, RunFailed when
     writing fails.
     """
-    make_folder(path.parent)
-    if path.exists():
-        return load(path), False
-    temporary = _temporary(path)
-    with failing_run(path):
-        try:
-            write_file(temporary, manifest.to_json().encode())
-            created = publish(temporary, path)
-            sync_folder(path.parent)
-        finally:
-            discard(temporary)
-    return (manifest, True) if created else (load(path), False)
+    store.make_folder("")
+    stored = find(store)
+    if stored is not None:
+        return stored, False
+    with failing_run(store.shown(RUN_JSON)):
+        created = store.create(RUN_JSON, manifest.to_json().encode())
+    return (manifest, True) if created else (load(store), False)
 
 
-def update(path: Path, lock: Claims, change: Callable[[RunManifest], RunManifest]) -> RunManifest:
+def update(store: Store, lock: Claims, change: Callable[[RunManifest], RunManifest]) -> RunManifest:
     """Replace run.json by `change` of what it holds, alone among all processes; returns the new one.
 
-    Raises RunFailed when another process keeps run.json locked for 10 s or writing fails, and what
-    `load` and `change` raise; run.json then is as it was.
+    Raises RunFailed when another process keeps run.json locked or writing fails, and what `load` and
+    `change` raise; run.json then is as it was.
     """
-    _lock(path, lock)
-    temporary = _temporary(path)
+    shown = store.shown(RUN_JSON)
+    _lock(shown, lock)
     try:
-        changed = change(load(path))
-        with failing_run(path):
-            write_file(temporary, changed.to_json().encode())
-            temporary.replace(path)
-            sync_folder(path.parent)
+        changed = change(load(store))
+        if not lock.confirm(RUN_CLAIM):
+            raise RunFailed(f"{shown} was taken over while this process stood still; run the same command again")
+        with failing_run(shown):
+            store.replace(RUN_JSON, changed.to_json().encode())
     finally:
-        discard(temporary)
         lock.release(RUN_CLAIM)
     return changed
 
@@ -145,7 +148,7 @@ def diff(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
     return [f"{key}: {' -> '.join(_shortened(old.get(key, '(absent)'), new.get(key, '(absent)')))}" for key in changed]
 
 
-def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: Path, *, started: bool = True) -> None:
+def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: str, *, started: bool = True) -> None:
     """ConfigError unless the fingerprint of `output_dir` equals that of the run that is asked for.
 
     `started` tells whether any row is done, which decides on the remedy.
@@ -208,24 +211,21 @@ def _still(file: SourceFile, found: FoundFile | None, manifest: RunManifest, com
     return replace(file, path=found.path)
 
 
-def _lock(path: Path, lock: Claims) -> None:
-    deadline = time.monotonic() + _LOCK_S
+def _lock(shown: str, lock: Claims) -> None:
+    deadline = time.monotonic() + lock.patience_s
     while not lock.try_claim(RUN_CLAIM):
         if time.monotonic() > deadline:
             raise RunFailed(
-                f"{path} was kept locked by another process for {_LOCK_S:.0f} s; run the same command again"
+                f"{shown} was kept locked by another process for {lock.patience_s:.0f} s; run the same command again"
             )
-        time.sleep(_RETRY_S)
+        time.sleep(lock.retry_s)
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writers of run.json left beside it; for when no chunk is left to do."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        discard(leftover)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def _unreadable(store: Store, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"output.dir {store.shown()} has a run.json that cannot be read ({error}); restore it, or use another "
+        "output.dir"
+    )
 
 
 def _schema_to(schema: pa.Schema) -> Json:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -13,15 +14,20 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source import Chunk
 from pipeline.errors import RunFailed
-from pipeline.output.durable import discard, failing_run, make_folder, publish, sync_folder
+from pipeline.output.durable import failing_run
+from pipeline.output.store import JOURNAL, RESULTS, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import BinaryIO
+
+    from pipeline.output.store import Store
 
 _COUNTS_KEY = "pipeline.counts"
+_ATTEMPT_KEY = "pipeline.attempt"
 _PART = re.compile(r"part-(\d{6,}-\d{12,})\.parquet")
-_EMPTY = Chunk(file_ordinal=0, first_row=0, num_rows=0)
+NO_ROWS = Chunk(file_ordinal=0, first_row=0, num_rows=0)
+"""The chunk of a dataset without rows."""
 
 
 def part_name(chunk_id: str) -> str:
@@ -29,50 +35,51 @@ def part_name(chunk_id: str) -> str:
     return f"part-{chunk_id}.parquet"
 
 
-def committed_parts(results: Path) -> set[str]:
-    """The ids of the chunks that have a Part, from one listing; none where the folder is not there yet."""
-    if not results.is_dir():
-        return set()
-    with failing_run(results), os.scandir(results) as entries:
-        matches = [_PART.fullmatch(entry.name) for entry in entries]
+def part_path(chunk_id: str) -> str:
+    """Where a chunk's Part is in the output."""
+    return f"{RESULTS}/{part_name(chunk_id)}"
+
+
+def committed_parts(store: Store) -> set[str]:
+    """The ids of the chunks that have a Part, from one listing."""
+    with failing_run(store.shown(RESULTS)):
+        matches = [_PART.fullmatch(name) for name in store.names(RESULTS)]
     return {match[1] for match in matches if match}
 
 
 class Sink:
     """Writes Parts of one schema.
 
-    A Part is written in `work` under a name of this `attempt` (unique to the process), synced, and
-    published in `results` by an exclusive link: under its final name it is whole, and whoever comes
-    second discards. `work` must be on the file system of `results`.
+    A Part is written as a draft of this `attempt` (unique to the process) and published exclusively:
+    under its final name it is whole, and whoever comes second discards. It names its attempt, so that no
+    two attempts write the same bytes and a store can tell whose a Part is.
     """
 
     def __init__(
         self,
-        results: Path,
-        work: Path,
+        store: Store,
         schema: pa.Schema,
         attempt: str,
         compression: str = "zstd",
         row_group_rows: int | None = None,
         before_publish: Callable[[], None] | None = None,
     ) -> None:
-        """Make both folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part.
+        """Make the folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part.
 
         `before_publish` may raise to stop a finished Part from being published.
         """
-        self._results = results
-        self._work = work
+        self._store = store
         self._schema = schema
         self._attempt = attempt
         self._compression = compression
         self._row_group_rows = row_group_rows
         self._before_publish = before_publish
-        make_folder(results)
-        make_folder(work)
+        store.make_folder(RESULTS)
+        store.make_folder(JOURNAL)
 
     def committed(self) -> set[str]:
         """The ids of the chunks that have a Part."""
-        return committed_parts(self._results)
+        return committed_parts(self._store)
 
     def commit(self, chunk: Chunk, table: pa.Table, counts: Mapping[str, int]) -> bool:
         """Publish the chunk's rows, with `counts` in the footer; False if the chunk had a Part already.
@@ -82,22 +89,17 @@ class Sink:
         """
         assert table.num_rows == chunk.num_rows, f"{table.num_rows} rows for {chunk}"
         table = table.select(self._schema.names).cast(self._schema)
-        final = self._results / part_name(chunk.id)
-        temporary = self._work / f"part-{chunk.id}.{self._attempt}.tmp"
-        with failing_run(final):
-            try:
-                self._write(temporary, table, counts)
-                if self._before_publish is not None:
-                    self._before_publish()
-                published = publish(temporary, final)
-                sync_folder(self._results)
-            finally:
-                discard(temporary)
-        return published
+        name = part_path(chunk.id)
+        with failing_run(self._store.shown(name)), self._store.draft(name, self._attempt) as draft:
+            self._write(draft.file, table, counts)
+            draft.finish()
+            if self._before_publish is not None:
+                self._before_publish()
+            return draft.publish()
 
     def commit_empty(self) -> bool:
         """Publish the Part without rows that keeps the schema of a dataset without rows."""
-        return self.commit(_EMPTY, self._schema.empty_table(), {})
+        return self.commit(NO_ROWS, self._schema.empty_table(), {})
 
     def totals(self, chunk_ids: Iterable[str]) -> dict[str, int]:
         """The sums of the counts that the chunks' Parts were committed with.
@@ -105,36 +107,40 @@ class Sink:
         Raises RunFailed if one is unreadable, or is another run's by the schema's metadata.
         """
         totals: Counter[str] = Counter()
-        for chunk_id in chunk_ids:
-            totals.update(_read_counts(self._results / part_name(chunk_id), self._schema.metadata or {}))
+        for counts in self._counts([part_path(chunk_id) for chunk_id in chunk_ids]):
+            totals.update(counts)
         return dict(totals)
 
-    def sweep(self) -> None:
-        """Remove what killed attempts left in `work`; for when no chunk is left to do."""
-        for path in self._work.glob("part-*.tmp"):
-            discard(path)
+    def _counts(self, names: list[str]) -> Iterator[dict[str, int]]:
+        read = partial(_read_counts, self._store, self._schema.metadata or {})
+        with ThreadPoolExecutor(self._store.reads_at_once) as pool:
+            try:
+                yield from pool.map(read, names)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _write(self, path: Path, table: pa.Table, counts: Mapping[str, int]) -> None:
-        # A Python file, not a path: its OSError keeps the errno, and what is synced is what was written.
-        with path.open("wb") as file:
-            with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
-                writer.write_table(table, row_group_size=self._row_group_rows)
-                writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(dict(counts), sort_keys=True)})
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self, file: BinaryIO, table: pa.Table, counts: Mapping[str, int]) -> None:
+        with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
+            writer.write_table(table, row_group_size=self._row_group_rows)
+            about = {_COUNTS_KEY: json.dumps(dict(counts), sort_keys=True), _ATTEMPT_KEY: self._attempt}
+            writer.add_key_value_metadata(about)
 
 
-def _read_counts(path: Path, expected: Mapping[bytes, bytes]) -> dict[str, int]:
+def _read_counts(store: Store, expected: Mapping[bytes, bytes], name: str) -> dict[str, int]:
+    shown = store.shown(name)
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        with store.open(name) as file:
+            metadata = pq.read_metadata(file).metadata or {}
         counts: dict[str, int] = json.loads(metadata[_COUNTS_KEY.encode()])
+    except StoreError as error:
+        raise RunFailed(f"{shown} could not be read ({error}); run the same command again") from error
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise RunFailed(
-            f"{path} is not a Part that this pipeline committed ({error!r}); remove it to have its rows done again"
+            f"{shown} is not a Part that this pipeline committed ({error!r}); remove it to have its rows done again"
         ) from error
     if any(metadata.get(key) != value for key, value in expected.items()):
         raise RunFailed(
-            f"{path} was made by another run than run.json tells of (its metadata names another run or other "
+            f"{shown} was made by another run than run.json tells of (its metadata names another run or other "
             "settings); remove it to have its rows done again"
         )
     return counts

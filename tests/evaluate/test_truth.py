@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ def write(folder: Path, labels: list[str | None], truth: pa.Array, parts: int = 
 
 def judge(tmp_path: Path, labels: list[str | None], truth: pa.Array | list[Any], parts: int = 1) -> Accuracy:
     array = truth if isinstance(truth, pa.Array) else pa.array(truth)
-    return accuracy(write(tmp_path / "results", labels, array, parts), "topic")
+    return accuracy(ds.dataset(write(tmp_path / "results", labels, array, parts)), "topic")
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Claims between real processes: exclusive, given back, taken over from the dead and the silent."""
+"""Claims in a local folder, between real processes: exclusive, given back, taken over from the dead and the silent."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, RunFailed
-from pipeline.output import claims as room
-from pipeline.output.claims import Claims, Owner
+from pipeline.output import local_claims as room
+from pipeline.output.local_claims import LocalClaims as Claims
+from pipeline.output.owner import Owner
 
 ROOT = Path(room.__file__).parents[2]
 CHUNK = "000000-000000000000"
@@ -28,7 +29,7 @@ CHUNK = "000000-000000000000"
 SPEAKER = """
 import sys
 from pathlib import Path
-from pipeline.output.claims import Claims
+from pipeline.output.local_claims import LocalClaims as Claims
 with Claims(Path(sys.argv[1]), float(sys.argv[2])) as claims:
     for line in sys.stdin:
         verb, *ids = line.split()
@@ -39,7 +40,7 @@ with Claims(Path(sys.argv[1]), float(sys.argv[2])) as claims:
 RACER = """
 import sys, time
 from pathlib import Path
-from pipeline.output.claims import Claims
+from pipeline.output.local_claims import LocalClaims as Claims
 root, me, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 def meet(point):
     (root / f"{point}{me}").touch()

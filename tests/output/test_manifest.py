@@ -14,34 +14,34 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import Place, store_environment, store_from_environment  # noqa: F401  # by RACER
 
 from pipeline.data.source import FoundFile, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output import manifest as room
-from pipeline.output.claims import Claims
-from pipeline.output.manifest import RunManifest, check, create_or_load, diff, load, update
+from pipeline.output.local import LocalStore
+from pipeline.output.manifest import RunManifest, check, create_or_load, diff, find, load, update
 
-ROOT = Path(room.__file__).parents[2]
 SCHEMA = pa.schema(
     [("id", pa.int64()), ("probs", pa.map_(pa.string(), pa.float64())), ("at", pa.timestamp("us", "UTC"))],
     metadata={"pipeline.run": "r1"},
 )
 
-# argv: folder of this test file, output.dir, own number, number of processes, number of updates.
+# argv: folder to meet in, own number, number of processes, number of updates.
 RACER = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import test_manifest as t
-out, me, processes, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-(out.parent / f"ready{me}").touch()
-while len(list(out.parent.glob("ready*"))) < processes:
+meeting, me, processes, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+store = t.store_from_environment()
+(meeting / f"ready{me}").touch()
+while len(list(meeting.glob("ready*"))) < processes:
     time.sleep(0.001)
-mine, created = t.create_or_load(out / "run.json", t.manifest(run_id=me))
-with t.Claims(out / "claims") as claims:
+mine, created = t.create_or_load(store, t.manifest(run_id=me))
+with store.claims() as claims:
     for _ in range(count):
-        t.update(out / "run.json", claims, lambda m: replace(m, summary={"n": (m.summary or {"n": 0})["n"] + 1}))
+        t.update(store, claims, lambda m: replace(m, summary={"n": (m.summary or {"n": 0})["n"] + 1}))
 print(mine.run_id, created)
 """
 
@@ -74,14 +74,15 @@ def registered(ordinal: int, name: str, rows: int) -> SourceFile:
 # The file
 
 
-def test_run_json_gives_back_what_was_stored_and_is_readable(tmp_path: Path) -> None:
-    path = tmp_path / "deep/out/run.json"
-    made, created = create_or_load(path, manifest(summary={"rows": 3}))
+def test_run_json_gives_back_what_was_stored_and_is_readable(place: Place) -> None:
+    store = place.store()
+    assert find(store) is None
+    made, created = create_or_load(store, manifest(summary={"rows": 3}))
     assert created
-    assert load(path) == made == manifest(summary={"rows": 3})
-    assert load(path).schema.equals(SCHEMA, check_metadata=True)
-    assert load(path).input_schema.equals(SCHEMA.remove(1), check_metadata=True)
-    text = path.read_text(encoding="utf-8")
+    assert find(store) == load(store) == made == manifest(summary={"rows": 3})
+    assert load(store).schema.equals(SCHEMA, check_metadata=True)
+    assert load(store).input_schema.equals(SCHEMA.remove(1), check_metadata=True)
+    (text,) = (content.decode("utf-8") for content in place.files().values())
     values = json.loads(text)
     assert text == json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
     assert values["format"] == 1
@@ -89,35 +90,37 @@ def test_run_json_gives_back_what_was_stored_and_is_readable(tmp_path: Path) -> 
     assert values["files"][0] == {
         "ordinal": 0, "name": "a.parquet", "path": "/d/a.parquet", "size": 175, "rows": 25, "digest": "d",
     }  # fmt: skip
-    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+    assert list(place.files()) == ["run.json"]
 
 
-def test_the_second_to_come_gets_what_the_first_made(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    create_or_load(path, manifest(run_id="first"))
-    loaded, created = create_or_load(path, manifest(run_id="second"))
+def test_the_second_to_come_gets_what_the_first_made(place: Place) -> None:
+    create_or_load(place.store(), manifest(run_id="first"))
+    loaded, created = create_or_load(place.store(), manifest(run_id="second"))
     assert (loaded.run_id, created) == ("first", False)
 
 
-def test_processes_that_start_at_once_agree_and_lose_no_update(tmp_path: Path) -> None:
-    out, count = tmp_path / "out", 15
+def test_processes_that_start_at_once_agree_and_lose_no_update(place: Place, tmp_path: Path) -> None:
+    if not place.is_shared:
+        pytest.skip("other processes do not see it")
+    count = 15 if place.is_local else 2
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER, str(Path(__file__).parent), str(out), str(me), "4", str(count)],
-            cwd=ROOT,
+            [sys.executable, "-c", RACER, str(meeting), str(me), "4", str(count)],
+            env=store_environment(place, Path(__file__).parent),
             stdout=subprocess.PIPE,
             text=True,
         )
         for me in range(4)
     ]
-    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    answers = [process.communicate(timeout=90)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert len({run_id for run_id, _ in answers}) == 1
     assert Counter(created for _, created in answers) == {"True": 1, "False": 3}
     winner = next(run_id for run_id, created in answers if created == "True")
-    assert load(out / "run.json") == manifest(run_id=winner, summary={"n": 4 * count})
-    assert sorted(path.name for path in out.iterdir()) == ["claims", "run.json"]
-    assert list((out / "claims").iterdir()) == []
+    assert load(place.store()) == manifest(run_id=winner, summary={"n": 4 * count})
+    assert list(place.files()) == ["run.json"]
 
 
 def broken_texts() -> dict[str, str]:
@@ -142,45 +145,67 @@ def test_a_run_json_that_cannot_be_read_is_a_configuration_error(tmp_path: Path,
     path = tmp_path / "run.json"
     path.write_text(broken_texts()[kind])
     with pytest.raises(ConfigError, match=rf"output\.dir {tmp_path} has a run\.json that cannot be read") as error:
-        create_or_load(path, manifest())
+        create_or_load(LocalStore(tmp_path), manifest())
     assert "another output.dir" in str(error.value)
     assert path.read_text() == broken_texts()[kind]
+
+
+def test_a_torn_run_json_is_a_configuration_error_anywhere(place: Place) -> None:
+    place.put("run.json", broken_texts()["torn"].encode())
+    with pytest.raises(ConfigError, match=r"has a run\.json that cannot be read"):
+        find(place.store())
 
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(broken_texts()["newer"])
     with pytest.raises(ConfigError, match="its format is 99, this version reads 1"):
-        load(tmp_path / "run.json")
+        load(LocalStore(tmp_path))
 
 
 # Updates
 
 
-def test_an_update_that_fails_changes_nothing_and_unlocks(tmp_path: Path) -> None:
+def test_an_update_that_fails_changes_nothing_and_unlocks(place: Place) -> None:
     def fail(_: RunManifest) -> RunManifest:
         raise ConfigError("no")
 
-    path = tmp_path / "run.json"
-    create_or_load(path, manifest())
-    with Claims(tmp_path / "claims") as claims:
+    store = place.store()
+    create_or_load(store, manifest())
+    with store.claims() as claims:
         with pytest.raises(ConfigError, match="no"):
-            update(path, claims, fail)
-        assert load(path) == manifest()
+            update(store, claims, fail)
+        assert load(store) == manifest()
         assert claims.held() == set()
-        assert update(path, claims, lambda m: replace(m, chunk_rows=3)) == load(path) == manifest(chunk_rows=3)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["claims", "run.json"]
+        assert update(store, claims, lambda m: replace(m, chunk_rows=3)) == load(store) == manifest(chunk_rows=3)
+    assert list(place.files()) == ["run.json"]
 
 
-def test_an_update_waits_for_others_and_then_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_LOCK_S", 0.2)
-    path = tmp_path / "run.json"
-    create_or_load(path, manifest())
-    with Claims(tmp_path / "claims") as mine, Claims(tmp_path / "claims") as others:
+def test_an_update_waits_for_others_and_then_gives_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = place.store()
+    create_or_load(store, manifest())
+    with store.claims() as mine, place.store().claims() as others:
+        monkeypatch.setattr(type(mine), "patience_s", 0.2)
         others.try_claim("run")
         with pytest.raises(RunFailed, match=r"run\.json was kept locked by another process"):
-            update(path, mine, lambda m: m)
+            update(store, mine, lambda m: m)
         others.release("run")
-        update(path, mine, lambda m: m)
+        update(store, mine, lambda m: m)
+
+
+def test_who_stood_still_during_an_update_does_not_undo_what_happened_meanwhile(place: Place) -> None:
+    """A process that was taken for dead must not write back the run.json that it has read before."""
+    store = place.store()
+    create_or_load(store, manifest())
+
+    def slow(found: RunManifest) -> RunManifest:
+        place.remove("claims/run.json")
+        with place.store().claims() as other:
+            update(place.store(), other, lambda m: replace(m, chunk_rows=7))
+        return replace(found, chunk_rows=3)
+
+    with store.claims() as claims, pytest.raises(RunFailed, match="was taken over while this process stood still"):
+        update(store, claims, slow)
+    assert load(store).chunk_rows == 7
 
 
 # What guards resume
@@ -217,15 +242,15 @@ def test_a_long_common_beginning_is_cut() -> None:
 
 def test_another_runs_fingerprint_is_refused_in_one_sentence() -> None:
     then = {f"k{n}": n for n in range(7)}
-    check(then, dict(then), Path("/out"))
+    check(then, dict(then), "/out")
     with pytest.raises(ConfigError) as error:
-        check(then, then | {"k1": 5}, Path("/out"))
+        check(then, then | {"k1": 5}, "/out")
     assert str(error.value) == (
         "output.dir /out holds results of another run: k1: 1 -> 5; "
         "use another output.dir or the settings it was made with"
     )
     with pytest.raises(ConfigError, match=r"k4: 4 -> \(absent\); and 2 more; use another"):
-        check(then, {}, Path("/out"))
+        check(then, {}, "/out")
 
 
 # Registration

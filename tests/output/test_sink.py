@@ -20,22 +20,24 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from stores import Place, local_place, store_environment, store_from_environment  # noqa: F401  # by COMMITTER
 
 from pipeline.data.source import Chunk
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output import durable
-from pipeline.output.sink import Sink, part_name
+from pipeline.output.local import LocalStore
+from pipeline.output.sink import Sink, part_name, part_path
 
 SCHEMA = pa.schema([("id", pa.int64()), ("row_id", pa.string()), ("completion", pa.string())])
 ROWS = 20
 
-# What the processes of these tests run; argv: folder, first chunk, number of chunks, step.
+# What the processes of these tests run; argv: folder to meet in, first chunk, number of chunks.
 COMMITTER = """
 import sys, time
 from pathlib import Path
 import test_sink as t
 root, start, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-sink = t.sink(root, attempt=f"p{start}")
+sink = t.Sink(t.store_from_environment(), t.SCHEMA, f"p{start}")
 (root / f"ready{start}").touch()
 while not (root / "go").exists():
     time.sleep(0.001)
@@ -60,18 +62,18 @@ def answers(number: int) -> pa.Table:
 
 
 def sink(root: Path, attempt: str = "a1") -> Sink:
-    return Sink(root / "results", root / "work", SCHEMA, attempt)
+    return Sink(LocalStore(root), SCHEMA, attempt)
 
 
-def start_committers(root: Path, starts: list[int], count: int) -> list[subprocess.Popen[str]]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+def start_committers(place: Place, root: Path, starts: list[int], count: int) -> list[subprocess.Popen[str]]:
+    """Processes that commit to a place, begun together; they meet in the folder `root`."""
+    env = store_environment(place, Path(__file__).parent)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", COMMITTER, str(root), str(start), str(count)],
             stdout=subprocess.PIPE,
             text=True,
             env=env,
-            cwd=Path(durable.__file__).parents[2],
         )
         for start in starts
     ]
@@ -106,6 +108,12 @@ def noise(count: int) -> pa.Table:
 # The result
 
 
+def parts_of(place: Place) -> dict[str, pa.Table]:
+    """The Parts of a place, each read by pyarrow from its bytes; fails if one is not whole."""
+    found = place.files()
+    return {name: pq.read_table(pa.BufferReader(found[name])) for name in sorted(found) if name.endswith(".parquet")}
+
+
 def test_parts_in_order_are_the_rows_for_every_reader(tmp_path: Path) -> None:
     out = sink(tmp_path)
     numbers = list(range(25))
@@ -118,7 +126,7 @@ def test_parts_in_order_are_the_rows_for_every_reader(tmp_path: Path) -> None:
     query = f"select * from read_parquet('{results}/*.parquet') order by filename, file_row_number"
     assert duckdb.sql(query).fetchall() == [tuple(row.values()) for row in expected.to_pylist()]
     assert out.committed() == {chunk(number).id for number in numbers}
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "journal").iterdir()) == []
 
 
 def test_part_names_sort_like_rows_and_give_the_ids_back(tmp_path: Path) -> None:
@@ -130,86 +138,130 @@ def test_part_names_sort_like_rows_and_give_the_ids_back(tmp_path: Path) -> None
     assert out.committed() == set(ids)
 
 
-def test_the_second_commit_is_discarded(tmp_path: Path) -> None:
+def test_the_second_commit_is_discarded(place: Place) -> None:
+    assert Sink(place.store(), SCHEMA, "a1").commit(chunk(3), answers(3), {"rows": 1})
+    before = place.files()
+    assert not Sink(place.store(), SCHEMA, "a2").commit(chunk(3), answers(3), {"rows": 2})
+    assert place.files() == before
+    assert list(before) == [part_path(chunk(3).id)]
+    metadata = pq.read_metadata(pa.BufferReader(before[part_path(chunk(3).id)])).metadata
+    assert (metadata[b"pipeline.counts"], metadata[b"pipeline.attempt"]) == (b'{"rows": 1}', b"a1")
+
+
+def test_the_second_commit_leaves_the_first_ones_file_alone(tmp_path: Path) -> None:
     assert sink(tmp_path, "a1").commit(chunk(3), answers(3), {"rows": 1})
     before = (tmp_path / "results" / part_name(chunk(3).id)).stat()
     assert not sink(tmp_path, "a2").commit(chunk(3), answers(3), {"rows": 2})
     after = (tmp_path / "results" / part_name(chunk(3).id)).stat()
     assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "journal").iterdir()) == []
 
 
-def test_the_schema_is_enforced(tmp_path: Path) -> None:
-    out = sink(tmp_path)
+def test_the_schema_is_enforced(place: Place) -> None:
+    out = Sink(place.store(), SCHEMA, "a1")
     table = answers(1)
     mixed = table.select(["completion", "id", "row_id"]).set_column(1, "id", table["id"].cast(pa.int32()))
     assert out.commit(chunk(1), mixed, {})
-    assert pq.read_table(tmp_path / "results" / part_name(chunk(1).id)).equals(table)
+    assert parts_of(place)[part_path(chunk(1).id)].equals(table)
     with pytest.raises(pa.ArrowInvalid):
         out.commit(chunk(2), answers(2).set_column(0, "id", pa.array(["x"] * ROWS)), {})
     with pytest.raises(AssertionError, match="19 rows"):
         out.commit(chunk(2), answers(2).slice(1), {})
     assert out.committed() == {chunk(1).id}
+    assert list(place.files()) == [part_path(chunk(1).id)]
 
 
-def test_a_dataset_without_rows_gives_one_part_with_the_schema(tmp_path: Path) -> None:
-    out = sink(tmp_path)
+def test_a_dataset_without_rows_gives_one_part_with_the_schema(place: Place) -> None:
+    out = Sink(place.store(), SCHEMA, "a1")
     assert out.commit_empty()
-    assert not out.commit_empty()
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["part-000000-000000000000.parquet"]
-    assert ds.dataset(tmp_path / "results").to_table().equals(SCHEMA.empty_table())
+    assert not Sink(place.store(), SCHEMA, "a2").commit_empty()
+    ((name, table),) = parts_of(place).items()
+    assert name == "results/part-000000-000000000000.parquet"
+    assert table.equals(SCHEMA.empty_table())
 
 
-def test_totals_are_the_sums_of_the_counts(tmp_path: Path) -> None:
-    out = sink(tmp_path)
+def test_what_is_found_wrong_before_publishing_stops_it(place: Place) -> None:
+    def refuse() -> None:
+        raise RunFailed("not ours")
+
+    out = Sink(place.store(), SCHEMA, "a1", before_publish=refuse)
+    with pytest.raises(RunFailed, match="not ours"):
+        out.commit(chunk(1), answers(1), {})
+    assert place.files() == {}
+
+
+def test_totals_are_the_sums_of_the_counts(place: Place) -> None:
+    out = Sink(place.store(), SCHEMA, "a1")
     out.commit(chunk(1), answers(1), {"rows": 20, "error_rows": 1})
     out.commit(chunk(2), answers(2), {"rows": 20, "tokens": 7})
     out.commit(chunk(3), answers(3), {"rows": 20})
     assert out.totals([chunk(1).id, chunk(2).id]) == {"rows": 40, "error_rows": 1, "tokens": 7}
     assert out.totals([]) == {}
-    footer = pq.read_metadata(tmp_path / "results" / part_name(chunk(1).id)).metadata
+    footer = pq.read_metadata(pa.BufferReader(place.files()[part_path(chunk(1).id)])).metadata
     assert json.loads(footer[b"pipeline.counts"]) == {"rows": 20, "error_rows": 1}
 
 
-def test_totals_name_a_part_that_is_not_ours(tmp_path: Path) -> None:
-    out = sink(tmp_path)
-    pq.write_table(answers(1), tmp_path / "results" / part_name(chunk(1).id))
-    (tmp_path / "results" / part_name(chunk(2).id)).write_bytes(b"PAR1")
+def test_totals_name_a_part_that_is_not_ours(place: Place) -> None:
+    out = Sink(place.store(), SCHEMA, "a1")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(answers(1), buffer)
+    place.put(part_path(chunk(1).id), buffer.getvalue().to_pybytes())
+    place.put(part_path(chunk(2).id), b"PAR1")
     for number in (1, 2, 3):
         with pytest.raises(RunFailed, match=f"{part_name(chunk(number).id)} is not a Part .*; remove it"):
             out.totals([chunk(number).id])
 
 
+def test_totals_name_a_part_of_another_run(place: Place) -> None:
+    for run in ("one", "other"):
+        out = Sink(place.store(), SCHEMA.with_metadata({"pipeline.run_id": run}), run)
+        out.commit(chunk(run == "one"), answers(run == "one"), {"rows": 1})
+    assert out.totals([chunk(0).id]) == {"rows": 1}
+    with pytest.raises(RunFailed, match=f"{part_name(chunk(1).id)} was made by another run"):
+        out.totals([chunk(0).id, chunk(1).id])
+
+
 # Several processes, killed ones too
 
 
-def test_of_four_processes_that_commit_everything_each_chunk_has_one_winner(tmp_path: Path) -> None:
-    count = 60
-    processes = start_committers(tmp_path, [0, 1, 2, 30], count)
+def test_of_four_processes_that_commit_everything_each_chunk_has_one_winner(place: Place, tmp_path: Path) -> None:
+    if not place.is_shared:
+        pytest.skip("other processes do not see it")
+    count = 60 if place.is_local else 15
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    processes = start_committers(place, meeting, [0, 1, 2, count // 2], count)
     lines = [line.split() for process in processes for line in process.communicate()[0].splitlines()]
     assert [process.returncode for process in processes] == [0] * 4
     assert len(lines) == 4 * count
     assert Counter(number for number, won in lines if won == "1") == {str(number): 1 for number in range(count)}
-    expected = pa.concat_tables([answers(number) for number in range(count)])
-    assert ds.dataset(tmp_path / "results").to_table().equals(expected)
-    assert sink(tmp_path).totals(sink(tmp_path).committed()) == {"rows": count * ROWS}
-    assert list((tmp_path / "work").iterdir()) == []
+    found = parts_of(place)
+    assert pa.concat_tables(found.values()).equals(pa.concat_tables([answers(number) for number in range(count)]))
+    assert set(place.files()) == set(found), "nothing else lies around"
+    out = Sink(place.store(), SCHEMA, "last")
+    assert out.totals(out.committed()) == {"rows": count * ROWS}
 
 
-def test_a_killed_process_leaves_only_whole_parts(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_only_whole_parts(place: Place, tmp_path: Path) -> None:
+    if not place.is_shared:
+        pytest.skip("other processes do not see it")
     rng = random.Random(1)
-    for attempt in range(6):
-        for name in (f"ready{attempt}", "go"):
-            (tmp_path / name).unlink(missing_ok=True)
-        (process,) = start_committers(tmp_path, [attempt], 2000)
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    for attempt in range(4 if place.is_local else 2):
+        for old in meeting.iterdir():
+            old.unlink()
+        before = len(place.store().names("results"))
+        (process,) = start_committers(place, meeting, [attempt], 2000)
+        while len(place.store().names("results")) == before:
+            assert process.poll() is None
         time.sleep(rng.uniform(0.002, 0.15))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        for number in range(2000):
-            path = tmp_path / "results" / part_name(chunk(number).id)
-            if path.exists():
-                assert pq.read_table(path).equals(answers(number))
-    assert sink(tmp_path).committed()
+        for name, table in parts_of(place).items():
+            number = table["id"][0].as_py() // ROWS
+            assert (name, table) == (part_path(chunk(number).id), answers(number))
+    assert Sink(place.store(), SCHEMA, "last").committed()
 
 
 # Failing writes
@@ -218,7 +270,7 @@ def test_a_killed_process_leaves_only_whole_parts(tmp_path: Path) -> None:
 def assert_nothing_published(out: Sink, root: Path) -> None:
     assert out.committed() == set()
     assert list((root / "results").iterdir()) == []
-    assert list((root / "work").iterdir()) == []
+    assert list((root / "journal").iterdir()) == []
 
 
 def test_a_full_disk_ends_the_run_and_a_freed_one_takes_the_chunk(small_disk: Path) -> None:
@@ -254,10 +306,9 @@ except t.RunFailed as error:
     print(error)
 t.assert_nothing_published(out, Path(sys.argv[1]))
 """
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    root = Path(durable.__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    env = store_environment(local_place(tmp_path), Path(__file__).parent)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "could not be written (File too large)" in done.stdout
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -301,11 +352,11 @@ def test_without_hard_links_a_rename_that_does_not_replace_publishes(tmp_path: P
     assert not sink(tmp_path, "a2").commit(chunk(3), answers(3), {"rows": 2})
     assert out.totals([chunk(3).id]) == {"rows": 1}
     assert ds.dataset(tmp_path / "results").to_table().equals(answers(3))
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "journal").iterdir()) == []
     (tmp_path / "results").rename(tmp_path / "gone")
     with pytest.raises(RunFailed, match=r"could not be written \(No such file or directory\)"):
         out.commit(chunk(4), answers(4), {})
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "journal").iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_hard_links")

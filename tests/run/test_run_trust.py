@@ -14,7 +14,6 @@ from harness import TICKETS, run_here
 from pipeline.config import load_config
 from pipeline.errors import RunFailed
 from pipeline.job import Job
-from pipeline.output.claims import Claims
 
 DEMO = ("experiment=demo", "data.limit=40", "data.chunk_rows=16")
 
@@ -29,7 +28,7 @@ def test_a_process_whose_run_json_was_replaced_publishes_nothing(tmp_path: Path)
     run_here(*DEMO, f"output.dir={tmp_path}").done()
     job = Job(load_config([*DEMO, f"output.dir={tmp_path}"]))
     (tmp_path / "results" / "part-000000-000000000016.parquet").unlink()
-    with Claims(job.output.claims) as claims:
+    with job.output.claims() as claims:
         sink = job.sink(claims.attempt)
         another_run(tmp_path / "run.json")
         with pytest.raises(RunFailed, match=r"run\.json is not the one this process started with"):
