@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     noted = {"batch_invariant": runtime.spec.batch_invariant}
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
+    if prompts.is_dated:  # with the date of the run, which another process may have begun
+        prompts, task = make_task(job, tokenizer)
     if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
         runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine)
     sink = job.sink(claims.attempt)
@@ -124,7 +127,8 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     from pipeline.tasks.score import ScoreTask
 
     config = job.config
-    prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names)
+    begun = None if job.manifest is None else datetime.fromisoformat(job.manifest.created)
+    prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names, begun)
     if config.task.kind == "label":
         stop = job.checkpoint.stop_token_ids
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
