@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNKS_AHEAD = 2
+ROWS_AT_ONCE = 1024
+"""Rows that are Python values at the same time, while the rest of the chunk is Arrow's."""
 UNREADABLE = (ValueError, OverflowError, NotImplementedError)
 """What pyarrow raises on text that is no UTF-8, dates beyond the year 9999, unknown time zones, rare types."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedChunk:
-    """A claimed chunk: its table, the columns that prompt and task read, and a request or an error for each row."""
+    """A claimed chunk: its table, the rows of the columns that the task reads, a request or an error for each."""
 
     chunk: Chunk
     table: pa.Table
@@ -47,16 +49,28 @@ class Preparation:
 
     def prepare(self, chunk: Chunk, data: Rows) -> PreparedChunk:
         """Requests of the good rows, error completions of the others."""
-        rows = [data.errors.get(i, row) for i, row in enumerate(read_rows(data.table.select(self._columns)))]
-        requests: list[Request] = []
-        failed = [_error((chunk.id, i), 0, row) for i, row in enumerate(rows) if isinstance(row, str)]
-        readable = {(chunk.id, i): row for i, row in enumerate(rows) if not isinstance(row, str)}
+        prepared: list[Request | Completion] = []
+        task_rows: list[Mapping[str, Any]] = []
+        columns, chunk_id = data.table.select(self._columns), chunk.id
+        for first in range(0, chunk.num_rows, ROWS_AT_ONCE):
+            read = enumerate(read_rows(columns.slice(first, ROWS_AT_ONCE)), first)
+            rows = {(chunk_id, index): data.errors.get(index, row) for index, row in read}
+            prepared += self._prepare(rows)
+            task_rows += [{} if isinstance(row, str) else self._of_task(row) for row in rows.values()]
+        requests = [item for item in prepared if isinstance(item, Request)]
+        failed = [item for item in prepared if isinstance(item, Completion)]
+        return PreparedChunk(chunk, data.table, task_rows, requests, failed)
+
+    def _prepare(self, rows: Mapping[RequestId, Mapping[str, Any] | str]) -> list[Request | Completion]:
+        """Some rows' requests, and first the errors of those that are none."""
+        failed = [_error(request_id, 0, row) for request_id, row in rows.items() if isinstance(row, str)]
+        readable = {request_id: row for request_id, row in rows.items() if not isinstance(row, str)}
         asked = self._task.requests(list(readable), list(readable.values()))
-        prompts = self._prompts.build(list(readable.values()), [self._room(a) for a in asked])
-        for request_id, request, prompt in zip(readable, asked, prompts, strict=True):
-            prepared = self._prepared(request_id, request, prompt)
-            (requests if isinstance(prepared, Request) else failed).append(prepared)  # type: ignore[arg-type]
-        return PreparedChunk(chunk, data.table, [r if isinstance(r, dict) else {} for r in rows], requests, failed)
+        prompts = self._prompts.build(list(readable.values()), [self._room(a) for a in asked], self._max_len)
+        return [*failed, *map(self._prepared, readable, asked, prompts)]
+
+    def _of_task(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: row[name] for name in self._task.columns}
 
     def _room(self, asked: Request | str) -> int | None:
         """The room that the answer leaves to the prompt; None if it leaves none, which is no matter of the prompt's."""

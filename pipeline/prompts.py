@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from pipeline.chat import ChatFrame, read_messages
+from pipeline.chat import ChatFrame, is_one_message, read_messages
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.settings import TaskSettings
@@ -14,8 +15,12 @@ from pipeline.template import RowTemplate
 
 ANCHOR = "x"
 """Stands for a row's own text where only the text around it matters."""
-
-
+LONG_TEXT = 2**20
+"""Characters from which on a prompt is tokenized at its ends alone where these are too long already."""
+END = 2**16
+"""Characters of an end that are looked at first."""
+SEAM = 64
+"""Tokens beside a place where a text was cut that may be others than in the whole text."""
 AFTER_HEAD = ("x", " the", "7", "\n", "É", '"', "- a", "語")
 """What a row's own text may begin with: tells which tokens of the constant text before it stay as they are."""
 
@@ -28,11 +33,22 @@ class Prompt:
     error: str | None = None
 
 
+class Turns(str):
+    """A conversation of several messages, of whose text no part is the row's own as a whole."""
+
+    __slots__ = ()
+
+
 class PromptBuilder:
     """Rows to prompts, a chunk at a time, so that the tokenizer works in batches."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: TaskSettings, columns: Sequence[str]) -> None:
-        """Raises ConfigError on a template that does not fit the columns, or a chat without a template."""
+    def __init__(
+        self, tokenizer: Tokenizer, settings: TaskSettings, columns: Sequence[str], now: datetime | None = None
+    ) -> None:
+        """Raises ConfigError on a template that does not fit the columns, or a chat without a template.
+
+        `now` is what a chat template takes for the present moment.
+        """
         self._tokenizer = tokenizer
         self._too_long = settings.too_long
         self._messages = settings.messages
@@ -45,19 +61,30 @@ class PromptBuilder:
                 raise ConfigError(
                     f"task.{key} is set, but the prompt is no chat; use task.prompt, or a model with a chat template"
                 )
-        self._frame = ChatFrame(tokenizer, settings.system, settings.chat_args) if self.is_chat else None
+        self._frame = ChatFrame(tokenizer, settings.system, settings.chat_args, now) if self.is_chat else None
 
     @property
     def columns(self) -> list[str]:
         """The columns that the prompt is made of."""
         return self._template.columns if self._messages is None else [self._messages]
 
-    def build(self, rows: Sequence[Mapping[str, Any]], rooms: Sequence[int | None] | None = None) -> list[Prompt]:
+    @property
+    def is_dated(self) -> bool:
+        """Whether prompts depend on the present moment."""
+        return self._frame is not None and self._frame.is_dated
+
+    def build(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        rooms: Sequence[int | None] | None = None,
+        longest: int | None = None,
+    ) -> list[Prompt]:
         """The prompt of each row; a row that cannot be rendered gets an error and costs no other row anything.
 
-        Prompts longer than their room in tokens are cut if the length policy says so.
+        Prompts longer than their room in tokens are cut if the length policy says so. With `longest`, the
+        most tokens that any prompt may have, memory does not grow with a text beyond that.
         """
-        texts = [self._text(row) for row in rows]
+        texts = [self._text(row, longest) for row in rows]
         good = [text for text in texts if isinstance(text, str)]
         encoded = iter(self._tokenizer.encode(good, add_special_tokens=not self.is_chat))
         return [
@@ -98,20 +125,35 @@ class PromptBuilder:
             same += 1
         return tuple(encoded[0][:same])
 
-    def _text(self, row: Mapping[str, Any]) -> str | Prompt:
+    def _text(self, row: Mapping[str, Any], longest: int | None) -> str | Prompt:
         try:
             text = self._render(row)
             text.encode()  # half a surrogate pair would break the tokenizer's whole batch
-            return text
         except Exception as error:  # noqa: BLE001  # the one handler of the house: a bad row becomes an error row
             return Prompt(error=f"the prompt cannot be made: {_reason(error)}")
+        return text if longest is None or len(text) < LONG_TEXT else self._ends(text, longest)
 
     def _render(self, row: Mapping[str, Any]) -> str:
         if self._messages is not None:
             assert self._frame is not None
-            return self._frame.conversation(read_messages(row[self._messages]))
+            messages = read_messages(row[self._messages])
+            text = self._frame.conversation(messages)
+            return text if is_one_message(messages) else Turns(text)
         text = self._template.render(row)
         return text if self._frame is None else self._frame.text(text)
+
+    def _ends(self, text: str, longest: int) -> str | Prompt:
+        """A text that is far too long without its middle, of which no token would stay; or why it has no prompt."""
+        head, tail = self._constant_texts()
+        width = max(END, len(head), len(tail))
+        while 2 * width < len(text):
+            ends = text[:width], text[-width:]
+            if all(len(ids) > longest + SEAM for ids in self._tokenizer.encode(ends, add_special_tokens=False)):
+                if self._too_long == "error" or not self._can_cut(text, head, tail):
+                    return Prompt(error=f"the prompt has more than the {longest} tokens there is room for")
+                return "".join(ends)
+            width *= 2
+        return text
 
     def _fitted(self, text: str, token_ids: Sequence[int], room: int | None) -> Prompt:
         """The prompt, cut by the length policy: the row's own tokens go, the template's constant text stays."""
@@ -119,14 +161,18 @@ class PromptBuilder:
             return Prompt(tuple(token_ids))
         head, tail = self._constant_texts()
         if not self._can_cut(text, head, tail):
+            what = (
+                "it has several messages"
+                if isinstance(text, Turns)
+                else ("the chat template's own text cannot be told from the row's")
+            )
             return Prompt(
                 error=f"the prompt has {len(token_ids)} tokens, there is room for {room}, and it cannot be cut because "
-                "the chat template's own text cannot be told from the row's"
+                f"{what}"
             )
         ids, spans = self._tokenizer.encode_with_offsets(text, add_special_tokens=not self.is_chat)
-        first = next((i for i, (_, end) in enumerate(spans) if end > len(head)), len(ids))
-        last = next((i for i, (begin, _) in enumerate(spans) if begin >= len(text) - len(tail)), len(ids))
-        last = max(first, last if tail else len(ids))
+        own = [i for i, (begin, end) in enumerate(spans) if len(head) <= begin < end <= len(text) - len(tail)]
+        first, last = (own[0], own[-1] + 1) if own else (len(ids), len(ids))
         left = room - first - (len(ids) - last)
         if left < 1:
             return Prompt(error=f"the template's own text has more tokens than the {room} there is room for")
@@ -138,7 +184,7 @@ class PromptBuilder:
         return (head, tail) if self._frame is None else self._frame.around(head, tail)
 
     def _can_cut(self, text: str, head: str, tail: str) -> bool:
-        known = self._frame is None or self._frame.is_constant
+        known = (self._frame is None or self._frame.is_constant) and not isinstance(text, Turns)
         return known and len(head) + len(tail) <= len(text) and text.startswith(head) and text.endswith(tail)
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     noted = {"batch_invariant": runtime.spec.batch_invariant}
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
+    if prompts.is_dated:  # with the date of the run, which another process may have begun
+        prompts, task = make_task(job, tokenizer)
     if EnginePlan.from_dict(job.manifest.engine) != runtime.shapes:  # another process was first, with other memory free
         runtime = resolve_runtime(config, job.checkpoint, job.manifest.engine, job.adapter)
     sink = job.sink(claims.attempt)
@@ -128,7 +131,8 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     from pipeline.tasks.score import ScoreTask
 
     config = job.config
-    prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names)
+    begun = None if job.manifest is None else datetime.fromisoformat(job.manifest.created)
+    prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names, begun)
     end = (tokenizer.end_token_id,) if job.tokenizer_is_adapters and tokenizer.end_token_id is not None else ()
     if config.task.kind == "label":
         stop = (*end, *job.checkpoint.stop_token_ids)

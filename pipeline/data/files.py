@@ -5,11 +5,13 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -42,7 +44,8 @@ class Located:
     """A file and how to reach it; `fs` is None for a local one.
 
     `name` is its name in the dataset, `path` where it is (an absolute path, or a URL without
-    credentials), `inner` its path below the folder or glob root, `key` what `fs` calls it.
+    credentials), `inner` its path below the folder or glob root, `key` what `fs` calls it. `mtime_ns` is
+    when a local one was last written to.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Located:
     inner: str
     key: str
     size: int
+    mtime_ns: int | None = None
     fs: Any = None
 
     def open(self, *, in_order: bool) -> BinaryIO:
@@ -69,7 +73,22 @@ class Located:
 
     def renewed(self) -> Located:
         """The same file with the size it has now."""
-        return Located(name=self.name, path=self.path, inner=self.inner, key=self.key, size=_size_now(self), fs=self.fs)
+        if self.fs is not None:
+            self.fs.invalidate_cache()
+            return replace(self, size=int(self.fs.info(self.key)["size"]))
+        stat = Path(self.key).stat()
+        return replace(self, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+
+    def require_unchanged(self) -> None:
+        """RunFailed if a local file has been written to since it was located; one that is gone can still be read."""
+        if self.fs is not None or not Path(self.key).exists():
+            return
+        now = self.renewed()
+        if (now.size, now.mtime_ns) != (self.size, self.mtime_ns):
+            raise RunFailed(
+                f"data.path {self.path} has been written to while it was read ({self.size} bytes before, {now.size} "
+                "now); restore it and run the same command again, or start another output.dir"
+            )
 
 
 def locate(paths: str | Sequence[str], kind: FileKind, storage_options: Mapping[str, Any]) -> list[Located]:
@@ -214,7 +233,22 @@ def _expand_local(text: str, kind: FileKind) -> list[Located]:
 
 def _local(path: Path, name: str) -> Located:
     absolute = str(path.absolute())
-    return Located(name=name, path=absolute, inner=name, key=absolute, size=path.stat().st_size)
+    if not _is_utf8(absolute):
+        shown = os.fsencode(absolute).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"data.path has a file whose name is no UTF-8: {shown}; rename it or its folder")
+    stat = path.stat()
+    if not S_ISREG(stat.st_mode):
+        raise ConfigError(f"data.path {absolute} is no regular file; leave it out, or copy what it gives to a file")
+    return Located(name=name, path=absolute, inner=name, key=absolute, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a name is what its bytes say: others come with half surrogate pairs in the place of bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _walk(folder: Path, kind: FileKind, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -303,15 +337,8 @@ def _inside(key: str, root: str) -> str:
     return key[len(root) :].lstrip("/") if key.startswith(root) else key
 
 
-def _size_now(file: Located) -> int:
-    if file.fs is None:
-        return Path(file.key).stat().st_size
-    file.fs.invalidate_cache()
-    return int(file.fs.info(file.key)["size"])
-
-
 def _named(file: Located, name: str) -> Located:
-    return Located(name=name, path=file.path, inner=file.inner, key=file.key, size=file.size, fs=file.fs)
+    return replace(file, name=name)
 
 
 def _identity(file: Located) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from pipeline.data.json_values import Unfit, coerce_row, parse_object
-from pipeline.data.lines import Line
+from pipeline.data.lines import LONG_LINE_BYTES, Line, LongLine
 from pipeline.data.source import Rows
 
 RAW_CHARACTERS = 65_536
@@ -33,8 +33,8 @@ class RowParser:
         self._by_arrow = bool(schema.names) and not ignore_others
         self._options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
 
-    def rows(self, lines: Sequence[Line]) -> Rows:
-        """One row for each line, in order."""
+    def rows(self, lines: Iterable[Line]) -> Rows:
+        """One row for each line, in order; no more than a batch of lines is held at a time."""
         tables: list[pa.Table] = []
         errors: dict[int, str] = {}
         done = 0
@@ -49,6 +49,8 @@ class RowParser:
 
     def _whole(self, batch: Sequence[Line]) -> pa.Table | None:
         """The batch as Arrow reads it; None where a line of it is, or may be, something that Arrow sees otherwise."""
+        if any(isinstance(line, LongLine) for _, line in batch):
+            return None
         texts = [line.strip(_WHITE) for _, line in batch]
         # Arrow takes objects as they come, not lines: only between "}" and "{" is a line end between two objects.
         if not all(text.startswith(b"{") and text.endswith(b"}") for text in texts):
@@ -79,16 +81,18 @@ class RowParser:
         return pa.Table.from_pylist(rows, schema=self._schema)
 
 
-def _batches(lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
+def _batches(lines: Iterable[Line]) -> Iterator[Sequence[Line]]:
     """So small that a bad line slows down few others; not much more than 4 MiB unless one line is."""
-    start = size = 0
-    for end, (_, line) in enumerate(lines):
-        if end > start and (end - start == _BATCH_ROWS or size + len(line) > _BATCH_BYTES):
-            yield lines[start:end]
-            start, size = end, 0
-        size += len(line)
-    if start < len(lines):
-        yield lines[start:]
+    batch: list[Line] = []
+    size = 0
+    for line in lines:
+        if batch and (len(batch) == _BATCH_ROWS or size + len(line[1]) > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line[1])
+    if batch:
+        yield batch
 
 
 def _all_finite(column: pa.Array | pa.ChunkedArray) -> bool:
@@ -99,12 +103,14 @@ def _all_finite(column: pa.Array | pa.ChunkedArray) -> bool:
     if pa.types.is_list(kind):
         return _all_finite(pc.list_flatten(column))
     if pa.types.is_struct(kind):
-        return all(_all_finite(pc.struct_field(column, [index])) for index in range(kind.num_fields))
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        return all(_all_finite(field) for chunk in chunks for field in chunk.flatten())
     return True
 
 
 def _raw(line: bytes) -> str:
-    text = line[: 4 * RAW_CHARACTERS].decode("utf-8", "backslashreplace")
-    if len(text) <= RAW_CHARACTERS and len(line) <= 4 * RAW_CHARACTERS:
+    text = line[:LONG_LINE_BYTES].decode("utf-8", "backslashreplace")
+    length = line.length if isinstance(line, LongLine) else len(line)
+    if len(text) <= RAW_CHARACTERS and length <= LONG_LINE_BYTES:
         return text
-    return f"{text[:RAW_CHARACTERS]}... ({len(line):,} bytes in all)"
+    return f"{text[:RAW_CHARACTERS]}... ({length:,} bytes in all)"

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.lines import MAX_LINE_BYTES
+from pipeline.data.lines import MAX_LINE_BYTES, LongLine
 
-MAX_DEPTH = 100
-"""Objects and lists inside each other; deeper ones give no column its type."""
+MAX_DEPTH = 40
+"""Objects and lists inside each other; deeper ones give no column its type, since pyarrow reads no more than 100
+levels back from Parquet, of which a list takes two."""
+MAX_KEYS = 10_000
+"""Keys in all, those inside of objects included; an object with more gives no column its type."""
+_BOOL, _INT64, _DOUBLE, _STRING = pa.bool_(), pa.int64(), pa.float64(), pa.string()
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Coerce = Callable[[Any], Any]
@@ -32,8 +37,8 @@ class Repeated:
     """Stands for an object in which a key occurs twice; fits no type."""
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        keys = [key for key, _ in pairs]
-        self.key = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        self.key = next(key for key, count in counts.items() if count > 1)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -42,7 +47,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     NaN and Infinity, repeated keys at the top, invalid UTF-8 and escapes of half a surrogate pair are
     refused. An object with repeated keys further down comes as Repeated.
     """
-    if len(line) > MAX_LINE_BYTES:
+    if isinstance(line, LongLine):
         raise Unfit(f"it is longer than {MAX_LINE_BYTES // 2**20} MiB")
     try:
         value = _DECODER.decode(line.decode("utf-8"))
@@ -85,18 +90,55 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer, parse_
 # Types
 
 
-def infer_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
-    """The columns of rows, in the order in which their keys are first seen, of the types first seen.
+class SeenTypes:
+    """The types that values have in the rows seen so far; `names` are the keys of the rows, `rows` how many there were.
 
     Integers and doubles together are doubles; objects are structs with the fields of all; null is any
-    type, and string where nothing else is seen. A key that holds only empty objects is no column.
+    type, and string where nothing else is seen; otherwise the type first seen counts. A key that holds
+    only empty objects is no column.
     """
-    merged: Any = {}
+
+    def __init__(self, columns: Sequence[str] | None = None) -> None:
+        """`columns`: the only keys whose values are looked at."""
+        self._columns = columns
+        self._shapes: dict[str, Any] = {}
+        self._num_keys = 0
+        self.names: dict[str, None] = {}
+        self.rows = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Look at a row; Unfit, and nothing is taken from it, if no columns could hold it."""
+        looked_at = row if self._columns is None else {key: row[key] for key in self._columns if key in row}
+        depth, num_keys = _depth_and_keys(looked_at)
+        if depth > MAX_DEPTH:
+            raise Unfit("it is nested too deep")
+        if num_keys > MAX_KEYS:
+            raise Unfit(f"it has more than {MAX_KEYS:,} keys, of which data.columns can name the ones to read")
+        self.names |= dict.fromkeys(row)
+        shape = _shape(looked_at)
+        self._num_keys += _new_keys(self._shapes, shape)
+        self._shapes = _merge(self._shapes, shape)
+        self.rows += 1
+
+    @property
+    def fullest(self) -> str | None:
+        """The key with the most keys inside, where all rows together have too many for a schema."""
+        if self._num_keys <= MAX_KEYS:
+            return None
+        return max(self._shapes, key=lambda name: _depth_and_keys(self._shapes[name])[1])
+
+    def schema(self) -> pa.Schema:
+        """The columns, in the order in which their keys were first seen."""
+        fields = [(name, _type_of(shape)) for name, shape in self._shapes.items()]
+        return pa.schema([pa.field(name, kind) for name, kind in fields if kind is not None])
+
+
+def infer_schema(rows: Iterable[Mapping[str, Any]]) -> pa.Schema:
+    """The columns of rows."""
+    seen = SeenTypes()
     for row in rows:
-        if _depth(row) <= MAX_DEPTH:
-            merged = _merge(merged, _shape(row))
-    fields = [(name, _type_of(shape)) for name, shape in merged.items()]
-    return pa.schema([pa.field(name, kind) for name, kind in fields if kind is not None])
+        seen.add(row)
+    return seen.schema()
 
 
 def _shape(value: Any) -> Any:
@@ -109,27 +151,37 @@ def _shape(value: Any) -> Any:
             merged = _merge(merged, _shape(inner))
         return [merged]
     if isinstance(value, bool):
-        return pa.bool_()
+        return _BOOL
     if isinstance(value, int):
-        return pa.int64() if _is_int64(value) else None
+        return _INT64 if _is_int64(value) else None
     if isinstance(value, float):
-        return pa.float64()
-    return pa.string() if isinstance(value, str) else None
+        return _DOUBLE
+    return _STRING if isinstance(value, str) else None
 
 
 def _merge(first: Any, second: Any) -> Any:
-    """The shape of both; the first one where they do not go together."""
-    if first is None or second is None:
-        return second if first is None else first
+    """The shape of both, made of the first; the first one where they do not go together."""
+    if first is None:
+        return second
     if isinstance(first, dict) and isinstance(second, dict):
-        return {
-            key: _merge(first.get(key), second.get(key)) for key in [*first, *(k for k in second if k not in first)]
-        }
-    if isinstance(first, list) and isinstance(second, list):
-        return [_merge(first[0], second[0])]
-    if {str(first), str(second)} == {"int64", "double"}:
-        return pa.float64()
+        for key, shape in second.items():
+            first[key] = _merge(first.get(key), shape)
+    elif isinstance(first, list) and isinstance(second, list):
+        first[0] = _merge(first[0], second[0])
+    elif first is _INT64 and second is _DOUBLE:
+        return _DOUBLE
     return first
+
+
+def _new_keys(seen: Any, shape: Any) -> int:
+    """How many keys a shape would add to what has been seen."""
+    if seen is None:
+        return _depth_and_keys(shape)[1]
+    if isinstance(seen, dict) and isinstance(shape, dict):
+        return sum((key not in seen) + _new_keys(seen.get(key), inner) for key, inner in shape.items())
+    if isinstance(seen, list) and isinstance(shape, list):
+        return _new_keys(seen[0], shape[0])
+    return 0
 
 
 def _type_of(shape: Any) -> pa.DataType | None:
@@ -139,20 +191,23 @@ def _type_of(shape: Any) -> pa.DataType | None:
         known = [pa.field(name, kind) for name, kind in inner if kind is not None]
         return pa.struct(known) if known else None
     if isinstance(shape, list):
-        return pa.list_(_type_of(shape[0]) or pa.string())
-    return pa.string() if shape is None else shape
+        return pa.list_(_type_of(shape[0]) or _STRING)
+    return _STRING if shape is None else shape
 
 
 def _is_int64(value: int) -> bool:
     return -(2**63) <= value < 2**63
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
+def _depth_and_keys(value: Any) -> tuple[int, int]:
+    """How many objects and lists are inside each other, and how many keys all objects have together."""
+    depth = num_keys = 0
+    level = [value]
     while level := [x for x in level if isinstance(x, (dict, list))]:
         depth += 1
+        num_keys += sum(len(x) for x in level if isinstance(x, dict))
         level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-    return depth
+    return depth, num_keys
 
 
 # Fitting

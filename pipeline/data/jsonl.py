@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from pipeline.data.files import FileKind, Located, edge_digests, locate, reaching
 from pipeline.data.json_rows import RowParser
-from pipeline.data.json_values import Unfit, infer_schema, parse_object
-from pipeline.data.lines import LineIndex, LineReader, compression_of
-from pipeline.data.schemas import checked_columns
+from pipeline.data.json_values import MAX_KEYS, SeenTypes, Unfit, parse_object, shown
+from pipeline.data.lines import Line, LineIndex, LineReader, compression_of
+from pipeline.data.schemas import checked_columns, listed
 from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
@@ -75,7 +75,7 @@ class JsonlSource:
 
         Raises ConfigError when the file is not the registered one, RunFailed when it cannot be read.
         """
-        self._require_registered(file)
+        located = self._registered(file)
         parser = RowParser(self.schema(), file.name, ignore_others=self._columns is not None)
         with reaching(file.path, RunFailed):
             reader = self._reader(file.path)
@@ -83,8 +83,9 @@ class JsonlSource:
             for chunk in chunks:
                 assert chunk.file_ordinal == file.ordinal
                 with reaching(file.path, RunFailed):
-                    lines = reader.take(chunk.first_row, chunk.num_rows)
-                yield parser.rows(lines)
+                    rows = parser.rows(reader.take(chunk.first_row, chunk.num_rows))
+                    located.require_unchanged()
+                yield rows
 
     def _reader(self, path: str) -> LineReader:
         file = self._files[path]
@@ -94,52 +95,58 @@ class JsonlSource:
     def _infer(self) -> pa.Schema:
         if not self._files:
             self.find()
-        rows, refused = self._sample()
-        if refused is not None and not rows:
+        seen, refused = SeenTypes(self._columns), None
+        for number, line in self._sample():
+            try:
+                seen.add(parse_object(line))
+            except Unfit as reason:
+                refused = refused or f"line {number}: {reason}"
+        if refused is not None and not seen.rows:
             raise ConfigError(
-                f"data.path {self._first_path} has no JSON object in its first lines ({refused}); "
+                f"data.path {self._first_path} has no JSON object that can be a row in its first lines ({refused}); "
                 "one object a line is wanted"
             )
-        schema = infer_schema(rows)
-        return schema if self._columns is None else self._projected(schema)
-
-    def _projected(self, schema: pa.Schema) -> pa.Schema:
-        assert self._columns is not None
-        unknown = [name for name in self._columns if name not in schema.names]
-        if unknown and schema.names:
+        if seen.fullest is not None:
             raise ConfigError(
-                f"data.columns names {', '.join(unknown)}, which no row has at the start of data.path "
-                f"{self._first_path}; the keys there are {', '.join(schema.names)}"
+                f"data.path {self._first_path} has more than {MAX_KEYS:,} different keys in the first rows, most of "
+                f"them in {shown(seen.fullest)}; name the ones to read in data.columns"
             )
-        return pa.schema([pa.field(n, schema.field(n).type if schema.names else pa.string()) for n in self._columns])
+        return seen.schema() if self._columns is None else self._projected(seen)
 
-    def _sample(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The objects among the first rows of every file, and why the first other line is none."""
+    def _projected(self, seen: SeenTypes) -> pa.Schema:
+        assert self._columns is not None
+        types = {field.name: field.type for field in seen.schema()}
+        unknown = [name for name in self._columns if name not in types]
+        if unknown and seen.names:
+            raise ConfigError(
+                f"data.columns names {listed(unknown)}, which no row has at the start of data.path "
+                f"{self._first_path}; the keys there are {listed(seen.names)}"
+            )
+        return pa.schema([pa.field(name, types.get(name, pa.string())) for name in self._columns])
+
+    def _sample(self) -> Iterator[Line]:
+        """The first rows of every file."""
         share = max(1, SAMPLE_ROWS // len(self._files))
-        rows: list[dict[str, Any]] = []
-        refused = None
         for file in self._files.values():
             with reaching(file.path), self._reader(file.path) as reader:
                 lines = reader.head(share, max(1, _SAMPLE_BYTES // len(self._files)))
-            for number, line in lines:
-                try:
-                    rows.append(parse_object(line))
-                except Unfit as reason:
-                    refused = refused or f"line {number}: {reason}"
-        return rows, refused
+            yield from lines
 
     @property
     def _first_path(self) -> str:
         return next(iter(self._files))
 
-    def _require_registered(self, file: SourceFile) -> None:
+    def _registered(self, file: SourceFile) -> Located:
+        """The file as it was found, which is the registered one."""
         if not self._files:
             self.find()
+        located = self._files[file.path]
         with reaching(file.path):
-            now = self._files[file.path].renewed()
+            now = located.renewed()
             same = now.size == file.size and edge_digests([now]) == [file.digest]
         if not same:
             raise ConfigError(
                 f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "
                 f"{file.size}); restore it, or start another output.dir"
             )
+        return located

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -12,7 +12,9 @@ import pyarrow as pa
 from pipeline.data.files import UnreadableFile
 
 MAX_LINE_BYTES = 32 * 2**20
-"""A longer line is not read as a row; it comes cut to one byte more than this."""
+"""A longer line is no row; it comes as LongLine."""
+LONG_LINE_BYTES = 256 * 2**10
+"""What is kept of the beginning of a longer line."""
 _BLOCK_BYTES = 2**20
 _STRIDE_BYTES = 4 * 2**20  # how far apart the places are that an index remembers
 _BOM = b"\xef\xbb\xbf"
@@ -20,6 +22,12 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 Line = tuple[int, bytes]
 """A line's number, from 1, and its bytes without line end."""
+
+
+class LongLine(bytes):
+    """The beginning of a line that is too long to be read, with the bytes it has in all."""
+
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +80,15 @@ class LineReader:
     def __exit__(self, *error: object) -> None:
         self._close()
 
-    def take(self, first: int, count: int) -> list[Line]:
-        """Rows first .. first + count - 1; raises UnreadableFile where the file has fewer."""
-        taken: list[Line] = []
+    def take(self, first: int, count: int) -> Iterator[Line]:
+        """Rows first .. first + count - 1, a block at a time; raises UnreadableFile where the file has fewer."""
         while count:
             self._seek(first)
             start = first - self._first
             part = self._lines[start : start + count]
-            taken += part
             first += len(part)
             count -= len(part)
-        return taken
+            yield from part
 
     def head(self, count: int, max_bytes: int) -> list[Line]:
         """The first rows, at most `count`, of about the first `max_bytes` of the text."""
@@ -132,7 +138,7 @@ class LineReader:
         lines = self._split()
         if lines is None:
             return False
-        rows = [line for line in enumerate(lines, begins.line) if line[1] and not line[1].isspace()]
+        rows = [line for line in enumerate(lines, begins.line) if line[1] and not _is_blank(line[1])]
         self._first = begins.row
         self._lines = rows
         self._next = Mark(begins.row + len(rows), begins.line + len(lines), self._offset)
@@ -161,7 +167,7 @@ class LineReader:
         return lines
 
     def _without_bom(self, line: bytes) -> bytes:
-        return line.removeprefix(_BOM) if self._next.offset == 0 else line
+        return line if self._next.offset or isinstance(line, LongLine) else line.removeprefix(_BOM)
 
     def _read(self) -> bytes:
         try:
@@ -172,22 +178,31 @@ class LineReader:
 
 
 class _Rest:
-    """The beginning of a line whose end is not read yet, kept up to the longest line that counts."""
+    """The beginning of a line whose end is not read yet, kept whole up to the longest line that counts."""
 
     def __init__(self) -> None:
         self.length = 0
-        self._kept = 0
+        self._is_blank = True
         self._pieces: list[bytes] = []
 
     def add(self, piece: bytes) -> None:
-        kept = piece[: MAX_LINE_BYTES + 1 - self._kept]
         self.length += len(piece)
-        self._kept += len(kept)
-        if kept:
-            self._pieces.append(kept)
+        self._is_blank = self._is_blank and (not piece or piece.isspace())
+        if self.length <= MAX_LINE_BYTES:
+            self._pieces.append(piece)
+        else:
+            self._pieces = [b"".join([*self._pieces, piece[:LONG_LINE_BYTES]])[:LONG_LINE_BYTES]]
 
     def take(self) -> bytes:
         line = b"".join(self._pieces)
-        self.length = self._kept = 0
+        if self.length > MAX_LINE_BYTES:
+            line = LongLine(b"" if self._is_blank else line)
+            line.length = self.length
+        self.length = 0
+        self._is_blank = True
         self._pieces = []
         return line
+
+
+def _is_blank(line: bytes) -> bool:
+    return line.isspace() and not isinstance(line, LongLine)

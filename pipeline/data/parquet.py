@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.files import FileKind, Located, first_line, locate, reaching, read_ranges
+from pipeline.data.files import FileKind, Located, first_line, locate, reaching
 from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
+from pipeline.data.parquet_footer import read_footers
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
 from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
 PARQUET = FileKind("Parquet", (".parquet",))
-_MAGIC = b"PAR1"
-_ENCRYPTED_MAGIC = b"PARE"
-_LENGTH_BYTES = 8  # footer length (4 bytes, little endian) and magic
-_TAIL_BYTES = 64 * 2**10  # read at once; longer footers take a second look
 _BATCH_BYTES = 16 * 2**20  # decoded bytes that one batch aims at
 _MAX_BATCH_ROWS = 8192
 _STREAM_BYTES = 2**20  # read-ahead per column; 0 would load each column of a row group whole
@@ -63,7 +58,7 @@ class ParquetSource:
         keys = [partition_keys(file.inner) for file in files]
         partitions = self._partitions(keys)
         found: list[FoundFile] = []
-        for file, footer, own_keys in zip(files, _read_footers(files), keys, strict=True):
+        for file, footer, own_keys in zip(files, read_footers(files, self._columns), keys, strict=True):
             self._check(file.path, _with_partitions(footer.schema, partitions, own_keys, file.path), files[0].path)
             found.append(
                 FoundFile(name=file.name, path=file.path, size=file.size, rows=footer.rows, digest=footer.digest)
@@ -114,6 +109,7 @@ class ParquetSource:
             for chunk in chunks:
                 assert chunk.file_ordinal == file.ordinal
                 batches = rows.take(chunk.first_row, chunk.num_rows) if own else []
+                located.require_unchanged()
                 yield Rows(_as_table(batches, chunk.num_rows, constants, schema))
 
     def _partitions(self, keys: Sequence[Keys]) -> pa.Schema:
@@ -133,24 +129,16 @@ class ParquetSource:
     def _registered(self, file: SourceFile) -> Located:
         if not self._files:
             self.find()
+        located = self._files[file.path]
         with reaching(file.path):
-            now = self._files[file.path].renewed()
-        footer = _read_footers([now])[0]
+            now = located.renewed()
+        footer = read_footers([now], self._columns)[0]
         if (now.size, footer.digest) != (file.size, file.digest):
             raise ConfigError(
                 f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "
                 f"{file.size}); restore it, or start another output.dir"
             )
-        return now
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Footer:
-    """What the end of a file says; `digest` of the footer and the size."""
-
-    rows: int
-    digest: str
-    schema: pa.Schema
+        return located
 
 
 class _RowCursor:
@@ -226,50 +214,6 @@ class _RowCursor:
             f"data.path {self._path}: row group {self._group} cannot be read ({reason}); restore the file "
             "and run the same command again, or start another output.dir without it"
         )
-
-
-def _read_footers(files: Sequence[Located]) -> list[_Footer]:
-    """Check and describe files by their last bytes; ConfigError for one that is not a whole Parquet file."""
-    tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
-    return [_parse_footer(file, tail) for file, tail in zip(files, tails, strict=True)]
-
-
-def _parse_footer(file: Located, tail: bytes) -> _Footer:
-    footer = _footer_bytes(file, tail)
-    if footer is None:
-        raise _not_parquet(file)
-    try:
-        # The metadata has offsets into the file, but nothing looks at them before rows are read.
-        reader = pq.ParquetFile(pa.BufferReader(_MAGIC + footer))
-        digest = hashlib.sha256(footer + file.size.to_bytes(8, "little")).hexdigest()
-        return _Footer(rows=reader.metadata.num_rows, digest=digest, schema=reader.schema_arrow)
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"data.path {file.path} cannot be opened as Parquet ({first_line(error)}); replace the file"
-        ) from error
-
-
-def _footer_bytes(file: Located, tail: bytes) -> bytes | None:
-    """The footer with its length and magic, or None where the file does not end in a whole one."""
-    if file.size < len(_MAGIC) + _LENGTH_BYTES or len(tail) < min(file.size, _TAIL_BYTES):
-        return None
-    length = int.from_bytes(tail[-_LENGTH_BYTES : -len(_MAGIC)], "little") + _LENGTH_BYTES
-    if tail[-len(_MAGIC) :] not in (_MAGIC, _ENCRYPTED_MAGIC) or length + len(_MAGIC) > file.size:
-        return None
-    if length > len(tail):
-        tail = read_ranges([file], [(file.size - length, file.size)])[0]
-    return tail[-length:]
-
-
-def _not_parquet(file: Located) -> ConfigError:
-    if read_ranges([file], [(0, len(_MAGIC))])[0] == _MAGIC:
-        return ConfigError(
-            f"data.path {file.path} is a truncated Parquet file ({file.size} bytes, no footer); replace the file"
-        )
-    return ConfigError(
-        f"data.path {file.path} is not a Parquet file ({file.size} bytes); convert it, leave it out of the path, or "
-        "name its kind (data=jsonl, data=hub)"
-    )
 
 
 def _with_partitions(schema: pa.Schema, partitions: pa.Schema, keys: Keys, path: str) -> pa.Schema:

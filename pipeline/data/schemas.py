@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
+
+_MOST_LISTED = 50
 
 
 def checked_columns(columns: Sequence[str] | None) -> Sequence[str] | None:
@@ -25,13 +27,12 @@ def project(schema: pa.Schema, columns: Sequence[str] | None, path: str) -> pa.S
     unknown = [name for name in names if name not in schema.names]
     if unknown:
         raise ConfigError(
-            f"data.columns names {_listed(unknown)}, which {path} does not have; "
-            f"its columns are {_listed(schema.names)}"
+            f"data.columns names {listed(unknown)}, which {path} does not have; its columns are {listed(schema.names)}"
         )
     repeated = sorted({name for name in names if schema.names.count(name) > 1})
     if repeated:
         raise ConfigError(
-            f"data.path {path} has several columns named {_listed(repeated)}; "
+            f"data.path {path} has several columns named {listed(repeated)}; "
             "rename them, or leave them out with data.columns"
         )
     return pa.schema([pa.field(name, decoded_type(schema.field(name).type)) for name in names])
@@ -73,5 +74,7 @@ def _kind(schema: pa.Schema, name: str) -> str:
     return str(schema.field(name).type) if name in schema.names else "missing"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def listed(names: Iterable[str]) -> str:
+    """Names for a sentence, the first ones of very many."""
+    every = list(names)
+    return ", ".join(every if len(every) <= _MOST_LISTED else [*every[:_MOST_LISTED], f"... ({len(every):,} in all)"])

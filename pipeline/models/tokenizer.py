@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError
+
+BATCH_CHARACTERS = 2**21
+"""Tokenized at once: while it works, the tokenizer takes about a hundred bytes for each."""
 
 
 class Tokenizer:
@@ -35,13 +38,19 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template it brings, None without one."""
-        template = self._tokenizer.chat_template
-        return None if template is None else str(template)
+        return self.template_for({})
+
+    def template_for(self, arguments: Mapping[str, Any]) -> str | None:
+        """The template that a conversation with these arguments is rendered with; None if there is none to choose."""
+        try:
+            return str(self._tokenizer.get_chat_template(arguments.get("chat_template"), arguments.get("tools")))
+        except ValueError:
+            return None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer brings a chat template."""
-        return self.chat_template is not None
+        return self._tokenizer.chat_template is not None
 
     @property
     def vocab_size(self) -> int:
@@ -63,9 +72,12 @@ class Tokenizer:
         return text
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text, as a batch in the tokenizer's own threads, neither padded nor truncated."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        """Token ids of each text, in batches in the tokenizer's own threads, neither padded nor truncated."""
+        ids: list[list[int]] = []
+        for batch in _batches(texts):
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+            ids += [encoding.ids for encoding in encodings]
+        return ids
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, and for each token where in the text it begins and ends."""
@@ -76,3 +88,17 @@ class Tokenizer:
         """The text of each sequence, special tokens left out."""
         texts: list[str] = self._backend.decode_batch([list(ids) for ids in token_ids], skip_special_tokens=True)
         return texts
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that have not much more characters together than a batch may have, unless one alone has."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import random
 import tempfile
 from dataclasses import asdict
@@ -12,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +137,26 @@ def test_linked_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
     assert [file.name for file in ParquetSource(str(tmp_path / "d")).find()] == ["a.parquet", "link/x.parquet"]
 
 
+@pytest.mark.parametrize("name", [b"y=\xff/a.parquet", b"a\xff.parquet"])
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path, name: bytes) -> None:
+    """run.json, which names every file, could not be written."""
+    whole = write(tmp_path / "whole", rows(1)).read_bytes()
+    path = os.fsencode(tmp_path) + b"/d/" + name
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(whole)
+    with pytest.raises(ConfigError, match=r"a file whose name is no UTF-8: .*\\xff.*; rename it"):
+        ParquetSource(str(tmp_path / "d")).find()
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet is no regular file"):
+        ParquetSource(str(tmp_path)).find()
+    with pytest.raises(ConfigError, match=r"a\.parquet is no regular file"):
+        ParquetSource(str(tmp_path / "*.parquet")).find()
+
+
 @pytest.mark.parametrize("path", ["{}/none", "{}/none/*.parquet", "{}/empty"])
 def test_a_path_without_files_is_one_sentence(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -178,6 +201,59 @@ def test_a_damaged_footer_is_named(tmp_path: Path, damage: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"data\.path {path} cannot be opened as Parquet"):
         ParquetSource(str(path)).find()
+
+
+def test_a_footer_with_any_bytes_changed_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Nothing else may come of it: pyarrow itself would end the process where a column's own metadata is damaged."""
+    path = tmp_path / "x.parquet"
+    whole = write(path, rows(60), row_group_size=25).read_bytes()
+    start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for seed in range(600):
+        rng = random.Random(seed)
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 3])):
+            content[rng.randrange(start, len(whole) - 8)] = rng.randrange(256)
+        path.write_bytes(content)
+        source = ParquetSource(str(path))
+        try:
+            (file,) = registered(source)
+            assert sum(part.table.num_rows for part in source.read(file, chunks_of(file, 7))) == file.rows == 60
+        except (ConfigError, RunFailed) as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert 200 < refused < 600
+
+
+def encrypted(path: Path, *, plaintext_footer: bool) -> Path:
+    """A file with one encrypted column of three."""
+
+    class Keys(pe.KmsClient):
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+            return base64.b64encode(key_bytes)
+
+    connection = pe.KmsConnectionConfig()
+    keys = pe.EncryptionConfiguration(
+        footer_key="footer", column_keys={"column": ["prompt"]}, plaintext_footer=plaintext_footer
+    )
+    options = pe.CryptoFactory(lambda _: Keys()).file_encryption_properties(connection, keys)
+    return write(path, rows(10).select(["id", "prompt", "deep"]), encryption_properties=options)
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_an_encrypted_file_is_refused_before_the_device_is_taken(tmp_path: Path, plaintext_footer: bool) -> None:
+    path = encrypted(tmp_path / "a.parquet", plaintext_footer=plaintext_footer)
+    with pytest.raises(ConfigError, match=rf"data\.path {path} (has encrypted columns|is an encrypted .*); decrypt it"):
+        ParquetSource(str(path)).find()
+
+
+def test_columns_beside_encrypted_ones_can_be_read(tmp_path: Path) -> None:
+    path = encrypted(tmp_path / "a.parquet", plaintext_footer=True)
+    assert read_all(ParquetSource(str(path), ["id"]), 4)["id"].to_pylist() == list(range(10))
+    source = ParquetSource(str(path), ["id", "prompt"])
+    (file,) = registered(source)
+    with pytest.raises(RunFailed, match=r"row group 0 cannot be read \(Cannot decrypt"):
+        next(iter(source.read(file, chunks_of(file, 4))))
 
 
 def test_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
@@ -468,3 +544,28 @@ def test_a_file_rewritten_since_registration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(ConfigError, match=r"a\.parquet cannot be read"):
         next(iter(source.read(file, chunks_of(file, 5))))
+
+
+def test_a_file_that_changes_while_it_is_read_stops_the_run_before_a_wrong_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for change in (
+        lambda: os.truncate(path, path.stat().st_size - 1),
+        lambda: write(path, rows(4000, first=1), row_group_size=1000),
+        lambda: damage(path, 3, at_header=False),
+    ):
+        source = ParquetSource(str(write(path, rows(4000), row_group_size=1000)))
+        (file,) = registered(source)
+        parts = source.read(file, chunks_of(file, 500))
+        assert next(parts).table.equals(rows(500))
+        change()
+        with pytest.raises(RunFailed, match=r"a\.parquet has been written to while it was read"):
+            next(parts)
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    source = ParquetSource(str(write(tmp_path / "a.parquet", rows(4000), row_group_size=1000)))
+    (file,) = registered(source)
+    parts = source.read(file, chunks_of(file, 500))
+    first = next(parts).table
+    (tmp_path / "a.parquet").unlink()
+    assert pa.concat_tables([first, *(part.table for part in parts)]).equals(rows(4000))

@@ -1,0 +1,90 @@
+"""What the ends of Parquet files say, and whether their columns can be read at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.files import Located, first_line, read_ranges
+from pipeline.errors import ConfigError
+
+_MAGIC = b"PAR1"
+_ENCRYPTED_MAGIC = b"PARE"
+_LENGTH_BYTES = 8  # footer length (4 bytes, little endian) and magic
+_TAIL_BYTES = 64 * 2**10  # read at once; longer footers take a second look
+_SIGNATURE_BYTES = 28  # nonce and tag behind a footer in plain text, where columns are encrypted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footer:
+    """What the end of a file says; `digest` of the footer and the size."""
+
+    rows: int
+    digest: str
+    schema: pa.Schema
+
+
+def read_footers(files: Sequence[Located], columns: Sequence[str] | None) -> list[Footer]:
+    """Check and describe files by their last bytes.
+
+    ConfigError for one that is not a whole Parquet file, or is encrypted; if only some of its columns are,
+    naming `columns` is taken to avoid them.
+    """
+    tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
+    return [_parse(file, tail, columns) for file, tail in zip(files, tails, strict=True)]
+
+
+def _parse(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
+    footer = _footer_bytes(file, tail)
+    if footer is None:
+        raise _not_parquet(file)
+    if footer.endswith(_ENCRYPTED_MAGIC):
+        raise ConfigError(f"data.path {file.path} is an encrypted Parquet file; decrypt it first")
+    try:
+        # The metadata has offsets into the file, but nothing looks at them before rows are read. A column chunk's
+        # own metadata is never looked at: where it is encrypted or damaged, that ends the process.
+        reader = pq.ParquetFile(pa.BufferReader(_MAGIC + footer))
+        schema, metadata = reader.schema_arrow, reader.metadata
+        str(schema)  # decodes the names, at any depth
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, first_line(error)) from error
+    if len(footer) - _LENGTH_BYTES == metadata.serialized_size + _SIGNATURE_BYTES and columns is None:
+        raise ConfigError(
+            f"data.path {file.path} has encrypted columns; decrypt it first, or name the others in data.columns"
+        )
+    groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    if sum(groups) != metadata.num_rows or min(groups, default=0) < 0:
+        raise _damaged(file, f"it says {metadata.num_rows} rows, and {sum(groups)} in its row groups")
+    digest = hashlib.sha256(footer + file.size.to_bytes(8, "little")).hexdigest()
+    return Footer(rows=metadata.num_rows, digest=digest, schema=schema)
+
+
+def _damaged(file: Located, reason: str) -> ConfigError:
+    return ConfigError(f"data.path {file.path} cannot be opened as Parquet ({reason}); replace the file")
+
+
+def _footer_bytes(file: Located, tail: bytes) -> bytes | None:
+    """The footer with its length and magic, or None where the file does not end in a whole one."""
+    if file.size < len(_MAGIC) + _LENGTH_BYTES or len(tail) < min(file.size, _TAIL_BYTES):
+        return None
+    length = int.from_bytes(tail[-_LENGTH_BYTES : -len(_MAGIC)], "little") + _LENGTH_BYTES
+    if tail[-len(_MAGIC) :] not in (_MAGIC, _ENCRYPTED_MAGIC) or length + len(_MAGIC) > file.size:
+        return None
+    if length > len(tail):
+        tail = read_ranges([file], [(file.size - length, file.size)])[0]
+    return tail[-length:]
+
+
+def _not_parquet(file: Located) -> ConfigError:
+    if read_ranges([file], [(0, len(_MAGIC))])[0] == _MAGIC:
+        return ConfigError(
+            f"data.path {file.path} is a truncated Parquet file ({file.size} bytes, no footer); replace the file"
+        )
+    return ConfigError(
+        f"data.path {file.path} is not a Parquet file ({file.size} bytes); convert it, leave it out of the path, or "
+        "name its kind (data=jsonl, data=hub)"
+    )
