@@ -94,3 +94,14 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bitblas_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which a program can import the bitblas package where there is no GPU."""
+    import fake_cuda
+
+    reason = fake_cuda.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    return os.environ | {"LD_LIBRARY_PATH": str(fake_cuda.write_libraries(tmp_path_factory.mktemp("fake_cuda")))}

@@ -30,6 +30,7 @@ NEEDS_TORCH = (
     "pipeline.models.loader",
     "pipeline.models.rope",
     "pipeline.models.runtime",
+    "pipeline.quant.bitblas",
     "pipeline.quant.bnb*",
     "pipeline.quant.format",
     "pipeline.quant.gptq",

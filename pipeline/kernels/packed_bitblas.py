@@ -76,6 +76,32 @@ def pack_codes(codes_NK: Tensor, bits: int) -> Tensor:
     return signed_NW.to(torch.int32).view(torch.int8)
 
 
+def straighten_ladder(tiles: Tensor, bits: int) -> Tensor:
+    """Codes int8 [N, K * bits / 8] of the ladder layout int8 [N / 16, K / 16, 16, 2 * bits].
+
+    In it each 16 x 16 tile is stored as a tensor core loads it: position t = 8 u + e of a tile holds row
+    u div 4 + 8 (e div 4), column 2 (u mod 4) + e mod 2 + 8 ((e div 2) mod 2). (BitBLAS' "ldmatrix" transformation.)
+    """
+    rows, columns = tiles.shape[:2]
+    codes_RCT = unpack_codes(tiles.reshape(rows * columns, -1), bits).reshape(rows, columns, 256)
+    t_T = torch.arange(256, device=tiles.device)
+    u_T, e_T = t_T // 8, t_T % 8
+    place_T = 16 * (u_T // 4 + 8 * (e_T // 4)) + 2 * (u_T % 4) + e_T % 2 + 8 * (e_T // 2 % 2)
+    straight_RCT = torch.empty_like(codes_RCT)
+    straight_RCT[:, :, place_T] = codes_RCT
+    codes_RxCx = straight_RCT.reshape(rows, columns, 16, 16).transpose(1, 2)
+    return pack_codes(codes_RxCx.reshape(rows * 16, columns * 16), bits)
+
+
+def unpack_zeros(zeros_GB: Tensor, bits: int) -> Tensor:
+    """Zero points [N, G] of bytes [G, N * bits / 8], packed along the outputs; for 8 bits the signed byte."""
+    if bits == 8:
+        return zeros_GB.T
+    shifts_F = torch.arange(0, 8, bits, device=zeros_GB.device)
+    zeros_GBF = (zeros_GB.to(torch.int32)[:, :, None] >> shifts_F) & ((1 << bits) - 1)
+    return zeros_GBF.reshape(zeros_GB.shape[0], -1).T
+
+
 def dequantize_bitblas_reference(weight: BitblasWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`, with its inputs in the model's order: in float32, rounded once."""
     codes_NK = unpack_codes(weight.codes_NB, weight.bits).float()

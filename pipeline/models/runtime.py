@@ -23,7 +23,7 @@ from pipeline.quant.spec import QuantSpec
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from transformers import PretrainedConfig
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
     from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
+    from pipeline.kernels.need import Need, Progress
     from pipeline.models.decoder import TransformersDecoder
-    from pipeline.models.loader import Progress
     from pipeline.quant.format import StorageFormat
 
 
@@ -47,6 +47,7 @@ class Runtime:
     kernel_reason: str
     shapes: EnginePlan
     memory: MemoryPlan
+    needs: Sequence[Need]
 
     @property
     def spec(self) -> QuantSpec:
@@ -74,6 +75,11 @@ class Runtime:
             f"{self.place.checkpoint.name}: {self.spec.describe()} weights, {dtype}, on {self.device}, "
             f"kernel {self.kernel_name}" + (f" ({self.kernel_reason})" if self.quant else "")
         )
+
+    def prepare(self, progress: Progress) -> None:
+        """Let the kernel compile what it lacks for this model; ConfigError with the reason if it cannot."""
+        if self.quant is not None and self.quant.kernel.prepare is not None:
+            self.quant.kernel.prepare(self.needs, self.device, progress)
 
     def load(
         self,
@@ -135,9 +141,8 @@ def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Ma
     device = resolve_device(config.model)
     dtype = resolve_dtype(config.model, checkpoint)
     modules = spec.stored_modules(checkpoint.tensors)
-    quant, reason = format_of(
-        spec, config.quant.kernel, needs_of(spec, modules, device.type, capability_of(device), dtype)
-    )
+    needs = needs_of(spec, modules, device.type, capability_of(device), dtype)
+    quant, reason = format_of(spec, config.quant.kernel, needs, config.quant.tuning_cache)
     place = Placement(
         checkpoint=checkpoint,
         geometry=geometry_of(transformers_config),
@@ -152,4 +157,4 @@ def resolve_runtime(config: RunConfig, checkpoint: Checkpoint, stored_shapes: Ma
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
-    return Runtime(place, transformers_config, device, quant, reason, shapes, memory)
+    return Runtime(place, transformers_config, device, quant, reason, shapes, memory, needs)
