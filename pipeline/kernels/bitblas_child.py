@@ -28,6 +28,7 @@ LIBRARIES = {
     "libnvrtc.so.12": "pip install nvidia-cuda-nvrtc-cu12",
 }
 """What the package's compiler is linked with, and what brings it."""
+TOOLKIT = "/usr/local/cuda"
 HEADER = "template <int in_flight> __device__ void warpgroup_wait();\n"
 """Named without its namespace by a header of the package's; newer nvcc want it declared."""
 NO_DRIVER = "/* the operators call nothing of the driver */ INPUT(-lc)\n"
@@ -53,7 +54,7 @@ def main(work: Path, order: dict[str, Any]) -> None:
 
 def prepare_compiler(work: Path) -> None:
     """Let nvcc be found, compile the package's headers and link without the driver; temporary files go to `work`."""
-    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), TOOLKIT]
     os.environ["PATH"] = ":".join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
     if shutil.which("nvcc") is None:
         raise Refused("nvcc, which compiles the operators, is not on PATH; install the CUDA toolkit or set CUDA_HOME")

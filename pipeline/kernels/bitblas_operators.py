@@ -132,7 +132,8 @@ class OperatorStore:
                 os.fsync(stream.fileno())
             draft.replace(file)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            if draft.is_file():
+                draft.unlink()
             raise ConfigError(
                 f"quant.tuning_cache={self.folder} cannot be written ({error}); name a folder that can"
             ) from error

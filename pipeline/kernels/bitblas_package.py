@@ -26,8 +26,9 @@ from pipeline.kernels.packed_bitblas import BitblasWeight, dequantize_bitblas_re
 OLDEST = (8, 0)
 """Compute capability that its schedules are made for."""
 GROUP_SIZES = (32, 64, 128)
-INPUTS = {2: 64, 4: 32}
-"""Of what the number of inputs has to be a multiple, by bits; others do not compile."""
+OUTPUTS = {2: 128, 4: 16}
+INPUTS = 32
+"""Of what their numbers have to be multiples, for outputs by bits; the code generated for others does not compile."""
 CHECKED_ROWS = 33
 CHECKED_OUTPUTS = 64
 ALLOWED_ERROR = 1e-2
@@ -88,16 +89,16 @@ def passed_over(need: Need) -> str:
 def weight_obstacle(need: Need) -> str | None:
     """Why the package cannot multiply with such a weight, or None."""
     outputs, inputs = need.shape
-    if need.bits not in INPUTS:
+    if need.bits not in OUTPUTS:
         return f"the bitblas package runs 2 and 4 bits, not {need.bits}"
     if need.scale_dtype != "F16":
         return f"the bitblas package takes scales in float16, and the checkpoint's are {need.scale_dtype}"
     if need.group_size not in (*GROUP_SIZES, inputs):
         return f"the bitblas package runs groups of 32, 64, 128 or all inputs, not of {need.group_size}"
-    if outputs % 16 or inputs % INPUTS[need.bits]:
+    if outputs % OUTPUTS[need.bits] or inputs % INPUTS:
         return (
-            f"the bitblas package runs outputs in multiples of 16 and inputs of {INPUTS[need.bits]} with {need.bits} "
-            f"bits, not {outputs} x {inputs}"
+            f"the bitblas package runs weights of {need.bits} bits with outputs in multiples of {OUTPUTS[need.bits]} and "
+            f"inputs of {INPUTS}, not {outputs} x {inputs}"
         )
     return None
 
