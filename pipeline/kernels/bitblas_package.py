@@ -96,10 +96,8 @@ def weight_obstacle(need: Need) -> str | None:
     if need.group_size not in (*GROUP_SIZES, inputs):
         return f"the bitblas package runs groups of 32, 64, 128 or all inputs, not of {need.group_size}"
     if outputs % OUTPUTS[need.bits] or inputs % INPUTS:
-        return (
-            f"the bitblas package runs weights of {need.bits} bits with outputs in multiples of {OUTPUTS[need.bits]} and "
-            f"inputs of {INPUTS}, not {outputs} x {inputs}"
-        )
+        multiples = f"outputs in multiples of {OUTPUTS[need.bits]} and inputs in those of {INPUTS}"
+        return f"the bitblas package runs {need.bits} bits with {multiples}, not {outputs} x {inputs}"
     return None
 
 

@@ -68,7 +68,7 @@ OBSTACLES = [
     ({"scale_dtype": "BF16"}, r"takes scales in float16, and the checkpoint's are BF16"),
     ({"group_size": 16}, r"runs groups of 32, 64, 128 or all inputs, not of 16"),
     ({"shape": (4090, 11008)}, r"not 4090 x 11008"),
-    ({"shape": (4096, 4112)}, r"4 bits with outputs in multiples of 16 and inputs of 32, not 4096 x 4112"),
+    ({"shape": (4096, 4112)}, r"4 bits with outputs in multiples of 16 and inputs in those of 32, not 4096 x 4112"),
     ({"shape": (4160, 4096), "bits": 2}, r"2 bits with outputs in multiples of 128 and .*, not 4160 x 4096"),
 ]
 
