@@ -59,21 +59,21 @@ def unpack_codes(codes_NB: Tensor, bits: int) -> Tensor:
     """The codes int32 [N, K]: 0 to 2 ** bits - 1, for 8 bits the signed byte."""
     if bits == 8:
         return codes_NB.view(torch.int8).to(torch.int32)
-    words_NW = codes_NB.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    shifts_P = torch.tensor(field_shifts(bits), device=codes_NB.device)
-    codes_NWP = (words_NW[:, :, None] >> shifts_P) & ((1 << bits) - 1)
-    return codes_NWP.reshape(codes_NB.shape[0], -1).to(torch.int32)
+    bytes_NWB = codes_NB.contiguous().view(torch.uint8).reshape(codes_NB.shape[0], -1, 4)
+    mask = (1 << bits) - 1
+    fields = [(bytes_NWB[:, :, shift // 8] >> shift % 8) & mask for shift in field_shifts(bits)]
+    return torch.stack(fields, dim=-1).reshape(codes_NB.shape[0], -1).to(torch.int32)
 
 
 def pack_codes(codes_NK: Tensor, bits: int) -> Tensor:
     """Codes (integers [N, K]) to int8 [N, K * bits / 8]: what `unpack_codes` undoes; K a multiple of 32 / bits."""
     if bits == 8:
         return codes_NK.to(torch.int8)
-    shifts_P = torch.tensor(field_shifts(bits), device=codes_NK.device)
-    fields_NWP = codes_NK.to(torch.int64).reshape(codes_NK.shape[0], -1, len(shifts_P))
-    words_NW = (fields_NWP << shifts_P).sum(dim=-1)
-    signed_NW = torch.where(words_NW >= 1 << 31, words_NW - (1 << 32), words_NW)
-    return signed_NW.to(torch.int32).view(torch.int8)
+    fields_NWP = codes_NK.to(torch.uint8).reshape(codes_NK.shape[0], -1, 32 // bits)
+    bytes_NWB = fields_NWP.new_zeros((*fields_NWP.shape[:2], 4))
+    for p, shift in enumerate(field_shifts(bits)):
+        bytes_NWB[:, :, shift // 8] |= fields_NWP[:, :, p] << shift % 8
+    return bytes_NWB.reshape(codes_NK.shape[0], -1).view(torch.int8)
 
 
 def straighten_ladder(tiles: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from pipeline.kernels.packed_bitblas import (
     straighten_ladder,
     unpack_zeros,
 )
-from pipeline.kernels.packed_gptq import GptqWeight, unpack_words
+from pipeline.kernels.packed_gptq import GptqWeight
 from pipeline.kernels.registry import Kernel
 from pipeline.quant.bitblas_spec import TILE, ZEROS, BitblasSpec
 from pipeline.quant.gptq import read_gptq
@@ -128,12 +128,14 @@ def repack_gptq(weight: GptqWeight) -> BitblasWeight:
 
 
 def _codes_by_output(weight: GptqWeight, order_K: Tensor | None) -> Iterator[Tensor]:
-    """The codes [n, K] of some outputs at a time, inputs in the order given."""
-    outputs, inputs = weight.shape
-    block = max(1, BLOCK_WEIGHTS // inputs)
-    for first in range(0, outputs, block):
-        codes_Kn = unpack_words(weight.words_WN[:, first : first + block], weight.bits)[:inputs]
-        yield (codes_Kn if order_K is None else codes_Kn[order_K]).T
+    """The codes int16 [n, K] of some outputs at a time, inputs in the order given."""
+    inputs = weight.shape[1]
+    mask = (1 << weight.bits) - 1
+    for words_Wn in torch.split(weight.words_WN, max(1, BLOCK_WEIGHTS // inputs), dim=1):
+        bytes_nB = words_Wn.T.contiguous().view(torch.uint8)
+        fields = [(bytes_nB >> shift) & mask for shift in range(0, 8, weight.bits)]
+        codes_nK = torch.stack(fields, dim=-1).reshape(len(bytes_nB), -1)[:, :inputs]
+        yield (codes_nK if order_K is None else codes_nK[:, order_K]).to(torch.int16)
 
 
 def _group_order(weight: GptqWeight) -> Tensor:
