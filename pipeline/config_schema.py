@@ -49,6 +49,11 @@ class QuantKernelSchema(QuantSchema):
 
 
 @dataclass
+class QuantOperatorsSchema(QuantKernelSchema):
+    tuning_cache: str | None = doc(None, "folder that kernel bitblas keeps compiled operators in; the user's if null")
+
+
+@dataclass
 class QuantBnbSchema(QuantKernelSchema):
     method: str = "bnb"
     double_quant: bool = doc(True, "quantize the block maxima as well (0.4 bits a weight less)")
@@ -184,7 +189,13 @@ class RootSchema:
 
 GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "model": {"base": ModelSchema},
-    "quant": {"base": QuantSchema, "auto": QuantKernelSchema, "bnb": QuantBnbSchema, "bnb-int8": QuantInt8Schema},
+    "quant": {
+        "base": QuantSchema,
+        "auto": QuantOperatorsSchema,
+        "gptq": QuantKernelSchema,
+        "bnb": QuantBnbSchema,
+        "bnb-int8": QuantInt8Schema,
+    },
     "data": {"parquet": DataParquetSchema, "jsonl": DataJsonlSchema, "hub": DataHubSchema},
     "task": {"generate": TaskGenerateSchema, "label": TaskLabelSchema, "score": TaskScoreSchema},
     "sampling": {"base": SamplingSchema},

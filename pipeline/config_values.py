@@ -77,6 +77,8 @@ def _quant(values: Mapping[str, Any]) -> QuantSettings:
         known["dequant_cache_gib"] = (
             0.0 if cache in ("off", False) else _auto_number("quant.dequant_cache", cache, float, "auto, off or GiB")
         )
+    if values.get("tuning_cache") is not None:
+        known["tuning_cache"] = Path(values["tuning_cache"]).expanduser()
     if "skip_modules" in values:
         known["skip_modules"] = tuple(values["skip_modules"])
     if "int8_threshold" in values:

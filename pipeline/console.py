@@ -37,10 +37,10 @@ class Console:
             sys.stdout.write(f"{redacted(text)}\n")
             sys.stdout.flush()
 
-    def loading(self, items: Sequence[T]) -> Iterator[T]:
+    def loading(self, items: Sequence[T], *, what: str = "loading", unit: str = "tensors") -> Iterator[T]:
         """The items, with a bar on a terminal."""
         with tqdm(
-            items, desc="loading", unit="tensors", file=self._stream, disable=not self.is_terminal,
+            items, desc=what, unit=unit, file=self._stream, disable=not self.is_terminal,
             leave=False,
         ) as bar:  # fmt: skip
             yield from bar

@@ -13,7 +13,7 @@ from pipeline.redaction import redacted
 from pipeline.settings import RunConfig, TaskSettings
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow", "jinja2")
-UNGUARDED = ("quant.dequant_cache_gib", "engine.dedup", "task.truth")
+UNGUARDED = ("quant.dequant_cache_gib", "quant.tuning_cache", "engine.dedup", "task.truth")
 """Keys that change how fast a row is answered, or what is said of it afterwards, never the row."""
 
 

@@ -166,11 +166,13 @@ def load_engine(
     loading_started = time.perf_counter()
 
     def watched(items: Sequence[Any]) -> Iterator[Any]:
-        for item in console.loading(items):
-            if stopping():
-                raise Interrupted("stopped while loading")
-            yield item
+        yield from _until(stopping, console.loading(items))
 
+    def compiled(items: Sequence[Any]) -> Iterator[Any]:
+        console.note(f"kernel {runtime.kernel_name}: {len(items)} operators to compile, kept for the next run")
+        yield from _until(stopping, console.loading(items, what="compiling", unit="operators"))
+
+    runtime.prepare(compiled)
     model, engine = runtime.load(
         job.config.model.trust_remote_code,
         watched,
@@ -190,6 +192,14 @@ def load_engine(
     stats.dequantized_bytes = sum(linear.cached_bytes for linear in linears)
     stats.kv_cache_bytes = runtime.shapes.kv_bytes
     return engine
+
+
+def _until(stopping: Stopping, items: Iterator[Any]) -> Iterator[Any]:
+    """The items, until a signal asks to stop."""
+    for item in items:
+        if stopping():
+            raise Interrupted("stopped while loading")
+        yield item
 
 
 @dataclass(slots=True)

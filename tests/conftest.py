@@ -128,3 +128,14 @@ def place(request: pytest.FixtureRequest) -> Any:
         return local_place(request.getfixturevalue("tmp_path") / "output")
     folder = f"run-{uuid.uuid4().hex}"
     return memory_place(folder) if request.param == "memory" else s3_place(request.getfixturevalue("s3"), folder)
+
+
+@pytest.fixture(scope="session")
+def bitblas_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which a program can import the bitblas package where there is no GPU."""
+    import fake_cuda
+
+    reason = fake_cuda.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    return os.environ | {"LD_LIBRARY_PATH": str(fake_cuda.write_libraries(tmp_path_factory.mktemp("fake_cuda")))}

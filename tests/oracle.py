@@ -78,6 +78,8 @@ QUANTS: dict[str, dict[str, Any]] = {
     "fp4-single": {"method": "bnb-fp4", "double_quant": False},
     "int8": {"method": "bnb-int8", "int8_threshold": 6.0},
     "int8-plain": {"method": "bnb-int8", "int8_threshold": 0.0},
+    "gptq": {"method": "gptq"},
+    "bitblas": {"method": "bitblas"},
 }
 """What is asked for under `quant`, by a short name."""
 

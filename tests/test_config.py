@@ -95,10 +95,6 @@ def test_folders_of_conf_are_the_groups_of_the_schema() -> None:
     ],
 )
 def test_presets_name_the_models_of_the_contract(choice: str, path: str) -> None:
-    if choice not in config.choices("model"):
-        with pytest.raises(ConfigError, match=f"^model={choice} is no choice"):
-            load(f"model={choice}")
-        pytest.skip("not built yet, and so refused")
     assert load(f"model={choice}").model.path == path
 
 

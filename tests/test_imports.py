@@ -31,6 +31,7 @@ NEEDS_TORCH = (
     "pipeline.models.lora",
     "pipeline.models.rope",
     "pipeline.models.runtime",
+    "pipeline.quant.bitblas",
     "pipeline.quant.bnb*",
     "pipeline.quant.format",
     "pipeline.quant.gptq",

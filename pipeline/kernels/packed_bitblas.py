@@ -59,21 +59,47 @@ def unpack_codes(codes_NB: Tensor, bits: int) -> Tensor:
     """The codes int32 [N, K]: 0 to 2 ** bits - 1, for 8 bits the signed byte."""
     if bits == 8:
         return codes_NB.view(torch.int8).to(torch.int32)
-    words_NW = codes_NB.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    shifts_P = torch.tensor(field_shifts(bits), device=codes_NB.device)
-    codes_NWP = (words_NW[:, :, None] >> shifts_P) & ((1 << bits) - 1)
-    return codes_NWP.reshape(codes_NB.shape[0], -1).to(torch.int32)
+    bytes_NWB = codes_NB.contiguous().view(torch.uint8).reshape(codes_NB.shape[0], -1, 4)
+    mask = (1 << bits) - 1
+    fields = [(bytes_NWB[:, :, shift // 8] >> shift % 8) & mask for shift in field_shifts(bits)]
+    return torch.stack(fields, dim=-1).reshape(codes_NB.shape[0], -1).to(torch.int32)
 
 
 def pack_codes(codes_NK: Tensor, bits: int) -> Tensor:
     """Codes (integers [N, K]) to int8 [N, K * bits / 8]: what `unpack_codes` undoes; K a multiple of 32 / bits."""
     if bits == 8:
         return codes_NK.to(torch.int8)
-    shifts_P = torch.tensor(field_shifts(bits), device=codes_NK.device)
-    fields_NWP = codes_NK.to(torch.int64).reshape(codes_NK.shape[0], -1, len(shifts_P))
-    words_NW = (fields_NWP << shifts_P).sum(dim=-1)
-    signed_NW = torch.where(words_NW >= 1 << 31, words_NW - (1 << 32), words_NW)
-    return signed_NW.to(torch.int32).view(torch.int8)
+    fields_NWP = codes_NK.to(torch.uint8).reshape(codes_NK.shape[0], -1, 32 // bits)
+    bytes_NWB = fields_NWP.new_zeros((*fields_NWP.shape[:2], 4))
+    for p, shift in enumerate(field_shifts(bits)):
+        bytes_NWB[:, :, shift // 8] |= fields_NWP[:, :, p] << shift % 8
+    return bytes_NWB.reshape(codes_NK.shape[0], -1).view(torch.int8)
+
+
+def straighten_ladder(tiles: Tensor, bits: int) -> Tensor:
+    """Codes int8 [N, K * bits / 8] of the ladder layout int8 [N / 16, K / 16, 16, 2 * bits].
+
+    In it each 16 x 16 tile is stored as a tensor core loads it: position t = 8 u + e of a tile holds row
+    u div 4 + 8 (e div 4), column 2 (u mod 4) + e mod 2 + 8 ((e div 2) mod 2). (BitBLAS' "ldmatrix" transformation.)
+    """
+    rows, columns = tiles.shape[:2]
+    codes_RCT = unpack_codes(tiles.reshape(rows * columns, -1), bits).reshape(rows, columns, 256)
+    t_T = torch.arange(256, device=tiles.device)
+    u_T, e_T = t_T // 8, t_T % 8
+    place_T = 16 * (u_T // 4 + 8 * (e_T // 4)) + 2 * (u_T % 4) + e_T % 2 + 8 * (e_T // 2 % 2)
+    straight_RCT = torch.empty_like(codes_RCT)
+    straight_RCT[:, :, place_T] = codes_RCT
+    codes_RxCx = straight_RCT.reshape(rows, columns, 16, 16).transpose(1, 2)
+    return pack_codes(codes_RxCx.reshape(rows * 16, columns * 16), bits)
+
+
+def unpack_zeros(zeros_GB: Tensor, bits: int) -> Tensor:
+    """Zero points [N, G] of bytes [G, N * bits / 8], packed along the outputs; for 8 bits the signed byte."""
+    if bits == 8:
+        return zeros_GB.T
+    shifts_F = torch.arange(0, 8, bits, device=zeros_GB.device)
+    zeros_GBF = (zeros_GB.to(torch.int32)[:, :, None] >> shifts_F) & ((1 << bits) - 1)
+    return zeros_GBF.reshape(zeros_GB.shape[0], -1).T
 
 
 def dequantize_bitblas_reference(weight: BitblasWeight, dtype: torch.dtype) -> Tensor:

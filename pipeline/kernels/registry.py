@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels import bnb
+from pipeline.kernels import bitblas_package, bnb
+from pipeline.kernels.bitblas_operators import OperatorStore, default_folder
+from pipeline.kernels.bitblas_package import BitblasPackage
 from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference
-from pipeline.kernels.need import Need
+from pipeline.kernels.need import Need, Progress
 from pipeline.kernels.packed4bit import Packed4bit, dequantize_4bit_reference
 from pipeline.kernels.packed_bitblas import BitblasWeight, dequantize_bitblas_reference
 from pipeline.kernels.packed_gptq import GptqWeight, dequantize_gptq_reference
@@ -37,12 +40,16 @@ class Kernel(Generic[Weight]):
 
     `can_run` answers with the reason why not, or None. `dequantize` gives the weight [N, K] in a dtype, for a
     dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs.
+    `prepare` is called with the needs and the device before weights are loaded, where there is something to
+    compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for.
     """
 
     name: str
     can_run: Callable[[Need], str | None]
     dequantize: Callable[[Weight, torch.dtype], Tensor]
     linear: Callable[[Tensor, Weight, Tensor | None], Tensor] | None = None
+    prepare: Callable[[Sequence[Need], torch.device, Progress], None] | None = None
+    passed_over: Callable[[Need], str] | None = None
 
 
 def _anywhere(need: Need) -> str | None:
@@ -62,10 +69,30 @@ BNB_8BIT: Mapping[str, Kernel[Int8Weight]] = {
 GPTQ: Mapping[str, Kernel[GptqWeight]] = {
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_gptq_reference),
 }
+
+
+def _bitblas_package(folder: Path) -> Kernel[BitblasWeight]:
+    package = BitblasPackage(OperatorStore(folder))
+    return Kernel(
+        name="bitblas",
+        can_run=package.can_run,
+        passed_over=bitblas_package.passed_over,
+        dequantize=dequantize_bitblas_reference,
+        linear=package.linear,
+        prepare=package.prepare,
+    )
+
+
 BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
+    "bitblas": _bitblas_package(default_folder()),
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_bitblas_reference),
 }
 """Of each format the fastest first: `auto` takes the first that can run."""
+
+
+def bitblas_kernels(tuning_cache: Path | None) -> Mapping[str, Kernel[BitblasWeight]]:
+    """The kernels of BitBLAS' layout, where the package keeps what it compiles in a folder of the run's."""
+    return {**BITBLAS, "bitblas": _bitblas_package(tuning_cache)} if tuning_cache else BITBLAS
 
 
 def choose(kernels: Mapping[str, Kernel[Weight]], wanted: str, needs: Sequence[Need]) -> tuple[Kernel[Weight], str]:
@@ -77,7 +104,10 @@ def choose(kernels: Mapping[str, Kernel[Weight]], wanted: str, needs: Sequence[N
         if reason is not None:
             raise ConfigError(f"quant.kernel={wanted} cannot run here: {reason}; choose quant.kernel=auto")
         return kernels[wanted], "asked for"
-    reasons = {name: obstacle(kernel, needs) for name, kernel in kernels.items()}
+    reasons = {
+        name: kernel.passed_over(needs[0]) if kernel.passed_over else obstacle(kernel, needs)
+        for name, kernel in kernels.items()
+    }
     name = next(name for name, reason in reasons.items() if reason is None)
     passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason is not None]
     return kernels[name], "; ".join([f"fastest that runs on {needs[0].device_type}", *passed])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.kernels.need import Progress
 from pipeline.models import lora
 from pipeline.models.adapter import Adapter
 from pipeline.models.architecture import ATTENTION, register_attention
@@ -17,6 +18,7 @@ from pipeline.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
 from pipeline.models.rope import install_row_rope
+from pipeline.quant.bitblas import NotRepackable
 from pipeline.quant.format import StorageFormat
 from pipeline.quant.linear import QuantLinear
 from pipeline.quant.spec import QuantSpec, StoredModule
@@ -37,9 +39,6 @@ class Load:
     path: str
     tensors: Mapping[str, TensorInfo]
     stored: StoredModule | None = None
-
-
-Progress = Callable[[Sequence[Load]], Iterable[Load]]
 
 
 def load_model(
@@ -135,7 +134,8 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     try:
         linear = quant.restore(load.stored, tensors, None if bias is None else bias.data, dtype)
     except ConfigError as error:
-        raise ConfigError(f"{info.file}: {load.path}: {error}; fetch the checkpoint again") from error
+        remedy = "" if isinstance(error, NotRepackable) else "; fetch the checkpoint again"
+        raise ConfigError(f"{info.file}: {load.path}: {error}{remedy}") from error
     expected = model.get_submodule(load.path)
     assert isinstance(expected, nn.Linear)
     if (linear.in_features, linear.out_features) != (expected.in_features, expected.out_features):

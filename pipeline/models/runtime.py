@@ -24,7 +24,7 @@ from pipeline.quant.spec import QuantSpec
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from transformers import PretrainedConfig
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
     from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
+    from pipeline.kernels.need import Need, Progress
     from pipeline.models.decoder import TransformersDecoder
-    from pipeline.models.loader import Progress
     from pipeline.quant.format import StorageFormat
 
 
@@ -48,6 +48,7 @@ class Runtime:
     kernel_reason: str
     shapes: EnginePlan
     memory: MemoryPlan
+    needs: Sequence[Need]
     adapter: Adapter | None = None
 
     @property
@@ -79,6 +80,11 @@ class Runtime:
             + (f" ({self.kernel_reason})" if self.quant else "")
             + (f", adapter {self.adapter.name}: {self.adapter.describe()}" if self.adapter else "")
         )
+
+    def prepare(self, progress: Progress) -> None:
+        """Let the kernel compile what it lacks for this model; ConfigError with the reason if it cannot."""
+        if self.quant is not None and self.quant.kernel.prepare is not None:
+            self.quant.kernel.prepare(self.needs, self.device, progress)
 
     def load(
         self,
@@ -149,9 +155,8 @@ def resolve_runtime(
     if adapter is not None:
         check_adapter(adapter, transformers_config, dtype, config.model.trust_remote_code)
     modules = spec.stored_modules(checkpoint.tensors)
-    quant, reason = format_of(
-        spec, config.quant.kernel, needs_of(spec, modules, device.type, capability_of(device), dtype)
-    )
+    needs = needs_of(spec, modules, device.type, capability_of(device), dtype)
+    quant, reason = format_of(spec, config.quant.kernel, needs, config.quant.tuning_cache)
     place = Placement(
         checkpoint=checkpoint,
         geometry=_geometry(transformers_config, adapter),
@@ -167,7 +172,7 @@ def resolve_runtime(
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
-    return Runtime(place, transformers_config, device, quant, reason, shapes, memory, adapter)
+    return Runtime(place, transformers_config, device, quant, reason, shapes, memory, needs, adapter)
 
 
 def _geometry(config: PretrainedConfig, adapter: Adapter | None) -> ModelGeometry:

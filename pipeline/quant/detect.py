@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.quant.bitblas_spec import bitblas_stored
 from pipeline.quant.bnb_spec import bnb_in_flight, bnb_stored
 from pipeline.quant.gptq_spec import gptq_stored
 from pipeline.quant.spec import QuantSettings, QuantSpec, Unquantized
@@ -23,6 +24,8 @@ def resolve_spec(settings: QuantSettings, quantization: Mapping[str, Any], path:
         return bnb_stored(settings, quantization, path)
     if family == "gptq":
         return gptq_stored(settings, quantization, path)
+    if family == "bitblas":
+        return bitblas_stored(settings, quantization, path)
     if family != "none":
         raise ConfigError(
             f"model.path={path} is quantized with {family}, which is not supported; supported are {SUPPORTED}"

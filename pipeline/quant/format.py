@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from pipeline.kernels import registry
 from pipeline.kernels.need import Need
 from pipeline.kernels.registry import Kernel, choose
+from pipeline.quant.bitblas import BitblasFormat, RepackedFormat
+from pipeline.quant.bitblas_spec import BitblasSpec
 from pipeline.quant.bnb4bit import Bnb4bitFormat
 from pipeline.quant.bnb8bit import Bnb8bitFormat
 from pipeline.quant.bnb_spec import BnbSpec
@@ -40,11 +43,14 @@ class StorageFormat(Protocol):
         ...
 
 
-def format_of(spec: QuantSpec, wanted_kernel: str, needs: Sequence[Need]) -> tuple[StorageFormat | None, str]:
+def format_of(
+    spec: QuantSpec, wanted_kernel: str, needs: Sequence[Need], tuning_cache: Path | None = None
+) -> tuple[StorageFormat | None, str]:
     """The format of a spec with its kernel, and why that kernel; None for unquantized weights.
 
-    `needs` are what the kernel will have to run, at least one. Raises ConfigError where the kernel asked for
-    cannot run them.
+    `needs` are what the kernel will have to run, at least one. `tuning_cache` is where a kernel that is compiled
+    for each shape keeps what it compiled, None for a folder of the user's. Raises ConfigError where the kernel
+    asked for cannot run them.
     """
     if isinstance(spec, BnbSpec) and spec.bits == 8:
         kernel8, reason = choose(registry.BNB_8BIT, wanted_kernel, needs)
@@ -52,6 +58,9 @@ def format_of(spec: QuantSpec, wanted_kernel: str, needs: Sequence[Need]) -> tup
     if isinstance(spec, BnbSpec):
         kernel4, reason = choose(registry.BNB_4BIT, wanted_kernel, needs)
         return Bnb4bitFormat(spec, kernel4), reason
+    if isinstance(spec, BitblasSpec) or (isinstance(spec, GptqSpec) and spec.repack):
+        packed, reason = choose(registry.bitblas_kernels(tuning_cache), wanted_kernel, needs)
+        return BitblasFormat(spec, packed) if isinstance(spec, BitblasSpec) else RepackedFormat(spec, packed), reason
     if isinstance(spec, GptqSpec):
         kernel, reason = choose(registry.GPTQ, wanted_kernel, needs)
         return GptqFormat(spec, kernel), reason
@@ -66,8 +75,18 @@ def needs_of(
     dtype: torch.dtype,
 ) -> list[Need]:
     """What a kernel will have to run: each kind of stored module once, or what is made in flight."""
-    kinds = {(module.bits, module.group_size, module.shape) for module in modules} or {(spec.bits, 0, (0, 0))}
-    return [
-        Need(device_type=device_type, capability=capability, dtype=dtype, bits=bits, group_size=group_size, shape=shape)
-        for bits, group_size, shape in sorted(kinds)
-    ]
+    needs = {
+        Need(
+            device_type=device_type,
+            capability=capability,
+            dtype=dtype,
+            bits=module.bits,
+            group_size=module.group_size,
+            shape=module.shape,
+            zeros_mode=module.zeros_mode,
+            scale_dtype=module.scale_dtype,
+        )
+        for module in modules
+    }
+    in_flight = Need(device_type=device_type, capability=capability, dtype=dtype, bits=spec.bits, group_size=0)
+    return sorted(needs or [in_flight], key=lambda need: (need.bits, need.group_size, need.shape, need.zeros_mode))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader
+from pipeline.quant.bitblas_spec import layout_obstacle
+from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader, module_override
 
 BITS = (2, 3, 4, 8)
 WORD_BITS = 32
@@ -55,14 +55,7 @@ class GptqSpec(QuantSpec):
 
     def bits_of(self, path: str) -> int:
         """The bits that the configuration gives a module."""
-        return int(self._override(path).get("bits", self.bits))
-
-    def _override(self, path: str) -> Mapping[str, Any]:
-        """The first pattern that matches counts; "-:" before it marks modules that stay unquantized."""
-        for pattern, values in self.overrides.items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), path):
-                return values
-        return {}
+        return int(module_override(self.overrides, path).get("bits", self.bits))
 
     def _module(self, path: str, tensors: Mapping[str, TensorHeader]) -> StoredModule:
         found = {leaf: tensors.get(f"{path}.{leaf}") for leaf in (*REQUIRED, *OPTIONAL)}
@@ -99,14 +92,33 @@ class GptqSpec(QuantSpec):
                     f"{inputs} inputs, {outputs} outputs and {groups} groups it has to be {list(min(expected[leaf]))}; "
                     "the configuration names other bits than the tensors have, or the file is damaged"
                 )
-        return StoredModule(
+        module = StoredModule(
             path=path,
             leaves=tuple(found),
             bits=bits,
-            group_size=-(-inputs // max(1, groups)),
+            group_size=self._group_size(path, inputs, groups),
             shape=(outputs, inputs),
             num_bytes=words * outputs * 4 + groups * outputs + found["scales"].num_bytes + inputs * 4,
+            scale_dtype=found["scales"].dtype,
         )
+        return self._repacked(module, found) if self.repack else module
+
+    def _group_size(self, path: str, inputs: int, groups: int) -> int:
+        """Of the configuration, where the number of groups is its; the last group may be a part of one."""
+        told = int(module_override(self.overrides, path).get("group_size", self.group_size))
+        return told if told > 0 and -(-inputs // told) == groups else -(-inputs // max(1, groups))
+
+    def _repacked(self, module: StoredModule, found: Mapping[str, TensorHeader]) -> StoredModule:
+        """What a module becomes in BitBLAS' layout, with float16 zeros; ConfigError where that cannot hold it."""
+        reason = layout_obstacle(module.bits, module.shape, module.group_size)
+        if reason is not None:
+            raise ConfigError(
+                f"{found['qweight'].file}: {module.path} {reason}; use quant=gptq, which runs it as it is"
+            )
+        outputs, inputs = module.shape
+        order, zeros = (inputs * 8 if self.act_order else 0), outputs * (inputs // module.group_size) * 2
+        codes = outputs * inputs * module.bits // 8
+        return replace(module, num_bytes=codes + found["scales"].num_bytes + zeros + order)
 
 
 def words_for(fields: int, bits: int) -> set[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 METHODS = ("auto", "none", "bnb", "bnb-fp4", "bnb-int8", "gptq", "bitblas")
 KERNELS = ("auto", "reference", "bitsandbytes", "bitblas", "triton")
@@ -16,7 +17,10 @@ DEFAULT_THRESHOLD = 6.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSettings:
-    """What was asked for under `quant`; `dequant_cache_gib` None is auto, 0 is off."""
+    """What was asked for under `quant`.
+
+    `dequant_cache_gib` None is auto, 0 is off; `tuning_cache` None is a folder of the user's.
+    """
 
     method: str = "auto"
     kernel: str = "auto"
@@ -24,6 +28,7 @@ class QuantSettings:
     int8_threshold: float = DEFAULT_THRESHOLD
     skip_modules: tuple[str, ...] = ()
     dequant_cache_gib: float | None = None
+    tuning_cache: Path | None = None
 
 
 class TensorHeader(Protocol):
@@ -46,7 +51,8 @@ class TensorHeader(Protocol):
 class StoredModule:
     """A Linear that a checkpoint holds quantized: weight [N, K] in `leaves` (names below `path`).
 
-    `num_bytes` is what it takes once loaded. `group_size` is the number of inputs that share a scale.
+    `num_bytes` is what it takes once loaded. `group_size` is the number of inputs that share a scale. Kernels that
+    take not every kind also ask for `zeros_mode` (none, original, rescale) and safetensors' `scale_dtype`.
     """
 
     path: str
@@ -55,6 +61,8 @@ class StoredModule:
     group_size: int
     shape: tuple[int, int]
     num_bytes: int
+    zeros_mode: str = "original"
+    scale_dtype: str = "F16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +108,17 @@ class QuantSpec(ABC):
         return any(
             skip == module_name or skip in parts or module_name.startswith(f"{skip}.") for skip in self.skip_modules
         )
+
+
+def module_override(overrides: Mapping[str, Mapping[str, Any]], path: str) -> Mapping[str, Any]:
+    """A module's own settings among those of `dynamic`, by pattern: the first that matches counts.
+
+    "-:" before a pattern marks modules that stay unquantized; they have none. (GPTQModel's rules.)
+    """
+    for pattern, values in overrides.items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), path):
+            return values
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
