@@ -14,6 +14,7 @@ from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
+from pipeline.models.memory import give_back_freed_memory
 from pipeline.models.rope import install_row_rope
 from pipeline.quant.format import StorageFormat
 from pipeline.quant.linear import QuantLinear
@@ -60,6 +61,7 @@ def load_model(
     loads = plan_loads(checkpoint, model, quant)
     for load in progress(loads):
         _run(load, model, quant, dtype, device)
+        give_back_freed_memory()
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
     _finish(model, checkpoint, device)

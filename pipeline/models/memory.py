@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -227,6 +228,16 @@ def pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int, dtype: tor
     """A generous estimate of what one pass holds at a time: activations of a layer, and float32 logits."""
     activations = tokens * (3 * geometry.intermediate + 8 * geometry.hidden) * dtype.itemsize
     return activations + 3 * logit_rows * geometry.vocab * 4
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return to the system what has been freed to it, where it can (glibc).
+
+    Loading frees many large temporaries between weights that stay; without this their holes would add up.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:
