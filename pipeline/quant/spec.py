@@ -41,12 +41,17 @@ class TensorHeader(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    def read(self) -> bytes:
+        """The tensor's bytes, for those that are small."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredModule:
     """A Linear that a checkpoint holds quantized: weight [N, K] in `leaves` (names below `path`).
 
-    `num_bytes` is what it takes once loaded. `group_size` is the number of inputs that share a scale.
+    `num_bytes` is what it takes once loaded. `group_size` is the number of weights that share a scale. `code` names
+    the values of the codes where a format has several ("nf4").
     """
 
     path: str
@@ -55,6 +60,7 @@ class StoredModule:
     group_size: int
     shape: tuple[int, int]
     num_bytes: int
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +101,14 @@ class QuantSpec(ABC):
         """
 
     def skips(self, module_name: str) -> bool:
-        """Whether a module stays unquantized: its path, or one of its parts, is listed."""
+        """Whether a module stays unquantized: one of its path's parts is listed, or its path up to some part.
+
+        As vLLM matches `llm_int8_skip_modules` (`is_layer_skipped_bnb` in its quantization/bitsandbytes.py): whole
+        parts alone, so that "model.layers.1" does not mean layer 10, nor "proj" every projection.
+        """
         parts = module_name.split(".")
-        return any(
-            skip == module_name or skip in parts or module_name.startswith(f"{skip}.") for skip in self.skip_modules
-        )
+        listed = set(self.skip_modules)
+        return any(part in listed or ".".join(parts[: end + 1]) in listed for end, part in enumerate(parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
