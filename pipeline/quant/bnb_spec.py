@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.quant.bnb_state import check_4bit, check_8bit
+from pipeline.quant.bnb_state import NESTED_VALUES, check_4bit, check_8bit
 from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader
 
 BNB_BLOCKSIZE = 64
@@ -17,6 +18,7 @@ BNB_4BIT = {"bnb": "nf4", "bnb-fp4": "fp4"}
 STATISTICS = ("weight.absmax", "weight.nested_absmax", "weight.nested_quant_map")
 """What stays on the device beside a 4-bit weight's codes."""
 OFFSET_BYTES = 4
+NESTED_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,23 @@ class BnbSpec(QuantSpec):
         if self.bits == 8:
             return f"bitsandbytes INT8 (threshold {self.int8_threshold:g}), {origin}"
         return f"bitsandbytes {self.quant_type.upper()}{' double-quantized' if self.double_quant else ''}, {origin}"
+
+    def describe_module(self, module: StoredModule) -> str:
+        """For a table."""
+        return _phrase(module.bits, module.code, module.group_size, "weight.nested_absmax" in module.leaves)
+
+    def describe_in_flight(self) -> str:
+        """For a table."""
+        return f"{_phrase(self.bits, self.quant_type, self.blocksize, self.double_quant)}, in flight"
+
+    def in_flight_bytes(self, shape: tuple[int, ...]) -> int:
+        """Codes, and a scale for each row (8 bits) or the block maxima (4 bits), maybe quantized themselves."""
+        values = math.prod(shape)
+        if self.bits == 8:
+            return values + 4 * shape[0]
+        blocks = -(-values // self.blocksize)
+        nested = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 * NESTED_VALUES + OFFSET_BYTES
+        return -(-values // 2) + (nested if self.double_quant else 4 * blocks)
 
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """The Linears whose statistics are there, whatever `skip_modules` says: the tensors decide."""
@@ -84,6 +103,12 @@ class BnbSpec(QuantSpec):
             num_bytes=kept + (OFFSET_BYTES if state.nested_blocksize else 0),
             code=state.quant_type,
         )
+
+
+def _phrase(bits: int, code: str, blocksize: int, double: bool) -> str:
+    if bits == 8:
+        return "bitsandbytes INT8, a scale for each row"
+    return f"bitsandbytes {code.upper()}{' double-quantized' if double else ''}, blocks of {blocksize}"
 
 
 def bnb_in_flight(settings: QuantSettings) -> BnbSpec:

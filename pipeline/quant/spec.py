@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,18 @@ class QuantSpec(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One phrase for the log, the plan and the fingerprint."""
+
+    def describe_module(self, module: StoredModule) -> str:
+        """A stored module's format in a few words, for a table."""
+        return f"{module.bits} bits, groups of {module.group_size}"
+
+    def describe_in_flight(self) -> str:
+        """The format of what is quantized in flight, for a table."""
+        return f"{self.bits} bits"
+
+    def in_flight_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight quantized in flight takes, statistics included."""
+        return int(math.prod(shape) * self.bytes_per_weight)
 
     @abstractmethod
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
