@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from pipeline import config
 from pipeline.command import guarded
-from pipeline.console import Console
+from pipeline.console import Console, size_text
 from pipeline.models.description import Description, Place, describe_checkpoint
 from pipeline.models.inventory import Kind
 from pipeline.run import ExitCode
@@ -78,7 +78,7 @@ def _facts(description: Description) -> Iterator[tuple[str, str]]:
     template = "with a chat template" if description.chat_template else "no chat template"
     yield "tokenizer", f"{description.tokenizer}, {template}" if description.tokenizer else "none"
     files = f"{description.weight_files} file{'' if description.weight_files == 1 else 's'}"
-    yield "on disk", f"{_size(description.disk_bytes)} of weights in {files}"
+    yield "on disk", f"{size_text(description.disk_bytes)} of weights in {files}"
     if description.batch_invariant is not None:
         yield "rows", "do not depend on each other" if description.batch_invariant else OUTLIERS
 
@@ -98,8 +98,11 @@ OUTLIERS = "can depend on those computed with them (outliers are found over the 
 
 def _place_facts(place: Place) -> Iterator[tuple[str, str]]:
     yield "here", f"{place.device}, {place.dtype}"
-    yield "in memory", f"{_size(place.resident_bytes)} once loaded; {_size(place.dequantized_bytes)} if dequantized"
-    yield "keys/values", f"{_size(place.kv_bytes_per_token)} a token"
+    yield (
+        "in memory",
+        f"{size_text(place.resident_bytes)} once loaded; {size_text(place.dequantized_bytes)} if dequantized",
+    )
+    yield "keys/values", f"{size_text(place.kv_bytes_per_token)} a token"
     if not place.kernels:
         yield "kernel", "torch, as nothing is quantized"
     for answer in place.kernels:
@@ -110,21 +113,20 @@ def _place_facts(place: Place) -> Iterator[tuple[str, str]]:
 def _row(kind: Kind) -> tuple[str, ...]:
     shape = " x ".join(map(str, kind.shape))
     times = f"x {kind.count}" if kind.count > 1 else ""
-    return kind.name, times, kind.format, shape, _size(kind.resident_bytes / kind.count), _size(kind.resident_bytes)
+    return (
+        kind.name,
+        times,
+        kind.format,
+        shape,
+        size_text(kind.resident_bytes / kind.count),
+        size_text(kind.resident_bytes),
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _size(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
-        number /= 1024
-    return f"{number:,.2f} GiB"
 
 
 if __name__ == "__main__":

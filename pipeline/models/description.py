@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.engine.plan import ModelGeometry
@@ -12,12 +11,11 @@ from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.inventory import Item, Kind, group_by_kind, list_items
 from pipeline.models.memory import ITEMSIZES, capability_of, dtype_name, resolve_device, resolve_dtype, weight_bytes
+from pipeline.models.small_files import has_chat_template, tokenizer_file, tokenizer_folder
 from pipeline.quant.detect import family_of, resolve_spec
 from pipeline.quant.spec import KERNELS, QuantSettings, QuantSpec, Unquantized
 from pipeline.settings import ModelConfig, ModelSettings
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 ARCHITECTURE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
@@ -113,8 +111,8 @@ def describe_checkpoint(config: ModelConfig) -> Description:
         architecture=_architecture(checkpoint.config),
         context_length=geometry.max_positions if geometry else checkpoint.config.get("max_position_embeddings"),
         parameters=sum(item.values for item in items) if spec and items else None,
-        tokenizer=_first_there(tokenizer, TOKENIZER_FILES) if tokenizer else None,
-        chat_template=_has_chat_template(tokenizer) if tokenizer else False,
+        tokenizer=tokenizer_file(tokenizer) if tokenizer else None,
+        chat_template=has_chat_template(tokenizer) if tokenizer else False,
         weight_files=len({info.file for info in checkpoint.tensors.values()}) if items else 0,
         disk_bytes=sum(item.disk_bytes for item in items),
         place=place,
@@ -137,21 +135,6 @@ def _items(checkpoint: Checkpoint, settings: ModelSettings, spec: QuantSpec | No
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {"model_type": config.get("model_type"), "class": (config.get("architectures") or [None])[0]}
     return found | {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
-
-
-def tokenizer_folder(checkpoint: Checkpoint, settings: ModelSettings) -> Path:
-    """Where the tokenizer's files are: with the checkpoint, or where `model.tokenizer` says; may raise ConfigError."""
-    return checkpoint.folder if settings.tokenizer is None else open_checkpoint(settings.tokenizer).folder
-
-
-def _first_there(folder: Path, names: Sequence[str]) -> str | None:
-    return next((name for name in names if (folder / name).is_file()), None)
-
-
-def _has_chat_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    in_config = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return in_config or _first_there(folder, CHAT_TEMPLATES) is not None
 
 
 def _geometry(checkpoint: Checkpoint, settings: ModelSettings) -> ModelGeometry:

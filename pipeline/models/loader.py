@@ -57,7 +57,7 @@ def load_model(
     `quant` is the format of the quantized Linears, None if there are none. `progress` wraps the loads,
     for a progress bar.
     """
-    model = _skeleton(config, dtype, trust_remote_code)
+    model = build_skeleton(config, dtype, trust_remote_code)
     loads = plan_loads(checkpoint, model, quant)
     for load in progress(loads):
         _run(load, model, quant, dtype, device)
@@ -66,9 +66,7 @@ def load_model(
     install_row_rope(model, config)
     _finish(model, checkpoint, device)
     _widen_head(model)
-    used = {info.name for load in loads for info in load.tensors.values()}
-    unused = tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
-    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
+    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused_tensors(checkpoint, loads))
 
 
 def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:
@@ -88,6 +86,12 @@ def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | 
             loads.append(Load(path, {leaf: info}))
     loads += [Load(path, leaves, module_of[next(iter(leaves.values())).name]) for path, leaves in stored.items()]
     return sorted(loads, key=lambda load: ("bias" not in load.tensors, load.path))
+
+
+def unused_tensors(checkpoint: Checkpoint, loads: Iterable[Load]) -> tuple[str, ...]:
+    """The names of the checkpoint's tensors that no load reads and no model computes itself."""
+    used = {info.name for load in loads for info in load.tensors.values()}
+    return tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
 
 
 def _split(name: str, linears: set[str]) -> tuple[str, str]:
@@ -113,9 +117,8 @@ def _model_name(name: str, wanted: set[str], linears: set[str], model: nn.Module
 def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch.dtype, device: torch.device) -> None:
     """Read a load's tensors and put them where they belong."""
     if load.stored is None:
-        leaf, info = next(iter(load.tensors.items()))
-        _refuse_codes(model, load.path, leaf, info)
-        _place(model, load.path, leaf, _read(info).to(device=device, dtype=dtype), info, quant)
+        leaf, weight = read_weight(load, model, dtype, device)
+        _place(model, load.path, leaf, weight, quant)
         return
     assert quant is not None
     tensors = {leaf: _read(info).to(device) for leaf, info in load.tensors.items()}
@@ -135,17 +138,27 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     model.set_submodule(load.path, linear)
 
 
-def _refuse_codes(model: nn.Module, path: str, leaf: str, info: TensorInfo) -> None:
-    """Integers are no weights: they would be the codes of a quantized one whose statistics are missing."""
-    expected = getattr(model.get_submodule(path), leaf)
+def read_weight(load: Load, model: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[str, Tensor]:
+    """The leaf that a load of one unquantized tensor fills, and the tensor on the device; raises ConfigError.
+
+    Integers are no weights: they would be the codes of a quantized one whose statistics are missing.
+    """
+    leaf, info = next(iter(load.tensors.items()))
+    expected = getattr(model.get_submodule(load.path), leaf)
     if expected.is_floating_point() and info.dtype not in FLOAT_DTYPES:
         raise ConfigError(
             f"{info.file}: tensor {info.name} has dtype {info.dtype} and no statistics to dequantize it with; "
             "fetch the checkpoint again"
         )
+    if info.shape != expected.shape:
+        raise ConfigError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json asks for "
+            f"{list(expected.shape)}; fetch the checkpoint again"
+        )
+    return leaf, _read(info).to(device=device, dtype=dtype)
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The model with parameters on the meta device and its computed buffers (RoPE frequencies) real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -169,18 +182,10 @@ def _read(info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _place(
-    model: nn.Module, path: str, leaf: str, weight: Tensor, info: TensorInfo, quant: StorageFormat | None
-) -> None:
+def _place(model: nn.Module, path: str, leaf: str, weight: Tensor, quant: StorageFormat | None) -> None:
     """Put an unquantized tensor where it belongs, as it is or as a Linear quantized in flight."""
     module = model.get_submodule(path)
-    expected = getattr(module, leaf).shape
-    if weight.shape != expected:
-        raise ConfigError(
-            f"{info.file}: tensor {info.name} has shape {list(weight.shape)}, but config.json asks for "
-            f"{list(expected)}; fetch the checkpoint again"
-        )
-    if quant is not None and leaf == "weight" and _is_quantized(model, path, module, quant.spec):
+    if quant is not None and leaf == "weight" and is_quantized_in_flight(model, path, quant.spec):
         bias = getattr(module, "bias", None)
         model.set_submodule(path, quant.quantize(weight, None if bias is None else bias.data))
     elif leaf in module._buffers:
@@ -189,9 +194,10 @@ def _place(
         module.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
 
 
-def _is_quantized(model: nn.Module, path: str, module: nn.Module, spec: QuantSpec) -> bool:
-    """Quantized in flight: every Linear but the output head (as bitsandbytes' users expect) and those to skip."""
+def is_quantized_in_flight(model: nn.Module, path: str, spec: QuantSpec) -> bool:
+    """Every Linear is but the output head (as bitsandbytes' users expect) and those to skip."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    module = model.get_submodule(path)
     return not spec.stored and type(module) is nn.Linear and module is not head and not spec.skips(path)
 
 

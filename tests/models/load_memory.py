@@ -1,7 +1,7 @@
 """Loads checkpoints in a process of its own and reports the anonymous memory that it takes, as JSON lines.
 
-Reads a JSON list of jobs from standard input: `folder`, `method` (of quant) and `dtype`. Mapped files do not count
-as anonymous memory.
+Reads a JSON list of jobs from standard input: `folder`, `method` (of quant) and `dtype`; with a `target` the
+checkpoint is quantized to that folder instead. Mapped files do not count as anonymous memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from pipeline.kernels.bnb import bitsandbytes
 from pipeline.models.architecture import load_config
 from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.export import write_quantized
 from pipeline.models.loader import load_model
 from pipeline.models.memory import give_back_freed_memory
 from pipeline.quant.detect import resolve_spec
@@ -61,6 +62,10 @@ def load(job: dict[str, Any]) -> dict[str, int]:
     config = load_config(folder, folder, False)
     give_back_freed_memory()
     before = anonymous_bytes()
+    if "target" in job:
+        with Watch() as watch:
+            export(checkpoint, config, quant, dtype, Path(job["target"]))
+        return {"before": before, "peak": watch.peak, "after": anonymous_bytes(), "quantized": 0, "other": 0}
     with Watch() as watch:
         model = load_model(checkpoint, config, quant, dtype, torch.device("cpu"))
     tensors = {t.data_ptr(): t for t in (*model.model.parameters(), *model.model.buffers())}
@@ -72,6 +77,11 @@ def load(job: dict[str, Any]) -> dict[str, int]:
         "quantized": sum(linear.stored_bytes for _, linear in model.quant_linears()),
         "other": sum(t.nbytes for t in cast),  # the file's own dtype stays mapped
     }
+
+
+def export(checkpoint: Any, config: Any, quant: Any, dtype: torch.dtype, folder: Path) -> None:
+    folder.mkdir()
+    write_quantized(checkpoint, config, quant, dtype, torch.device("cpu"), folder, shard_bytes=4 << 30)
 
 
 def warm_up(folder: str) -> None:

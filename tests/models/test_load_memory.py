@@ -25,6 +25,8 @@ JOBS = {
     "unquantized": ("plain", "none", "bfloat16"),
     "unquantized in float32": ("plain", "none", "float32"),
     "gptq": ("gptq", "auto", "bfloat16"),
+    "written as nf4": ("plain", "bnb", "bfloat16"),
+    "written as int8 of float32": ("plain", "bnb-int8", "float32"),
 }
 
 
@@ -72,7 +74,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": False, "desc_act": False}
     folders = {"plain": write(root / "plain", None), "gptq": write(root / "gptq", gptq)}
     jobs = [{"folder": str(write(root / "first", None, layers=1, hidden=64))}]
-    jobs += [{"folder": str(folders[name]), "method": method, "dtype": dtype} for name, method, dtype in JOBS.values()]
+    for job, (name, method, dtype) in JOBS.items():
+        target = {"target": str(root / f"{job}.out")} if "written" in job else {}
+        jobs.append({"folder": str(folders[name]), "method": method, "dtype": dtype, **target})
     program = [sys.executable, str(Path(__file__).with_name("load_memory.py"))]
     done = subprocess.run(program, input=json.dumps(jobs), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
