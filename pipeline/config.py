@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,12 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config_schema import GROUP_SCHEMAS, RootSchema, ShardSchema
-from pipeline.config_values import settings_from
+from pipeline.config_values import model_config_from, settings_from
 from pipeline.errors import ConfigError
 from pipeline.redaction import BLANK, redacted_url
-from pipeline.settings import (
-    RunConfig,
-)
+from pipeline.settings import ModelConfig, RunConfig
 
 FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
 MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options", "output.storage_options")
@@ -53,11 +52,11 @@ def register_schemas() -> None:
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """Compose conf/ with overrides; an empty command line is the demo. Raises ConfigError."""
+    """Compose conf/ with overrides. Raises ConfigError."""
     register_schemas()
     GlobalHydra.instance().clear()
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides) or ["experiment=demo"])
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
         lines = [line for override in parsed for line in _hydra_lines(override)]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose("config", overrides=lines)
@@ -107,15 +106,34 @@ def _refuse_added_keys(config: DictConfig) -> None:
 
 
 def load_config(overrides: Sequence[str]) -> RunConfig:
-    """From command-line overrides to a validated RunConfig; raises ConfigError with one sentence."""
+    """From command-line overrides to a validated RunConfig; an empty command line is the demo.
+
+    Raises ConfigError with one sentence.
+    """
+    config = compose_config(overrides or ["experiment=demo"])
+    _require(config, [str(group) for group in config])
+    return settings_from(_values(config))
+
+
+def load_model_config(overrides: Sequence[str], required: Sequence[str]) -> ModelConfig:
+    """The same for a command beside the run, which needs the groups `required` to be complete."""
     config = compose_config(overrides)
-    missing = sorted(OmegaConf.missing_keys(config))
+    _require(config, required)
+    incomplete = {str(key).split(".")[0] for key in OmegaConf.missing_keys(config)}
+    return model_config_from({key: value for key, value in _values(config).items() if key not in incomplete})
+
+
+def _require(config: DictConfig, groups: Sequence[str]) -> None:
+    missing = sorted(key for key in map(str, OmegaConf.missing_keys(config)) if key.split(".")[0] in groups)
     if missing:
         raise ConfigError(f"{missing[0]} is required and not set; add {missing[0]}=... to the command line")
+
+
+def _values(config: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     values.pop("experiment", None)
-    return settings_from({str(key): value for key, value in values.items()})
+    return {str(key): value for key, value in values.items()}
 
 
 def choices(group: str) -> list[str]:

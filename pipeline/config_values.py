@@ -17,6 +17,7 @@ from pipeline.quant.spec import KERNELS, QuantSettings
 from pipeline.redaction import redacted
 from pipeline.settings import (
     DataSettings,
+    ModelConfig,
     ModelSettings,
     OutputSettings,
     RunConfig,
@@ -44,6 +45,17 @@ def settings_from(values: Mapping[str, Any]) -> RunConfig:
         dry_run=values["dry_run"],
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
         resolved=redacted(values),
+    )
+
+
+def model_config_from(values: Mapping[str, Any]) -> ModelConfig:
+    """The settings of a command beside the run; groups that `values` lacks are None."""
+    return ModelConfig(
+        model=_model(values["model"]),
+        quant=_quant(values["quant"]),
+        output=_output(values["output"]) if "output" in values else None,
+        data=_data(values["data"]) if "data" in values else None,
+        task=_task(values["task"]) if "task" in values else None,
     )
 
 

@@ -112,3 +112,14 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def size_text(num_bytes: float) -> str:
+    """So many bytes in the unit that suits them."""
+    if num_bytes < 1024:
+        return f"{num_bytes:,.0f} bytes"
+    for unit in ("KiB", "MiB"):
+        num_bytes /= 1024
+        if num_bytes < 1024:
+            return f"{num_bytes:,.1f} {unit}"
+    return f"{num_bytes / 1024:,.2f} GiB"

@@ -144,3 +144,14 @@ class RunConfig:
         if self.task.kind == "score":
             return (*self.sampling.token_columns, *(("prompt_logprob",) if self.task.prompt_logprob else ()))
         return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What the commands beside the run read of the same keys; None is a group without its required keys."""
+
+    model: ModelSettings
+    quant: QuantSettings
+    output: OutputSettings | None
+    data: DataSettings | None
+    task: TaskSettings | None

@@ -16,6 +16,11 @@ from pipeline.kernels.linear8bit import Int8Weight
 from pipeline.kernels.need import Need
 from pipeline.kernels.packed4bit import NestedAbsmax, Packed4bit
 
+NESTED_BLOCKSIZE = 256
+"""Block maxima that share a scale in double quantization."""
+CPU_SLICE = 1 << 18
+"""Values quantized at a time on a CPU: temporaries of a few MiB, whatever the size of the weight."""
+
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
@@ -52,21 +57,30 @@ def can_run(need: Need) -> str | None:
 
 def quantize_4bit(weight_NK: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Packed4bit:
     """Quantize a weight on its own device to NF4 or FP4 (Dettmers et al., "QLoRA", 2023)."""
-    packed, state = bitsandbytes().functional.quantize_4bit(
-        weight_NK.contiguous(), blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
-    )
+    functional = bitsandbytes().functional
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit.default(part, blocksize, quant_type, torch.uint8)
+        for part in torch.split(weight_NK.reshape(-1), _slice_of(weight_NK, blocksize))
+    ]
+    packed, absmax = (torch.cat([part[index].reshape(-1) for part in parts]) for index in (0, 1))
     nested = None
     if double_quant:
-        inner = state.state2
-        nested = NestedAbsmax(inner.absmax, inner.code, state.offset, inner.blocksize)
+        offset = absmax.mean()
+        absmax, inner = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+        nested = NestedAbsmax(inner.absmax, inner.code, offset, inner.blocksize)
     return Packed4bit(
-        packed=packed.reshape(-1),
-        absmax=state.absmax,
+        packed=packed,
+        absmax=absmax,
         nested=nested,
         quant_type=quant_type,
         blocksize=blocksize,
         shape=(weight_NK.shape[0], weight_NK.shape[1]),
     )
+
+
+def _slice_of(weight: Tensor, blocksize: int) -> int:
+    """How many values to quantize at a time: whole blocks."""
+    return weight.numel() if weight.is_cuda else CPU_SLICE // blocksize * blocksize
 
 
 def dequantize_4bit(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
@@ -90,7 +104,10 @@ def dequantize_4bit(weight: Packed4bit, dtype: torch.dtype) -> Tensor:
 
 def quantize_8bit(weight_NK: Tensor, threshold: float) -> Int8Weight:
     """Quantize a weight on its own device, row by row, to int8; by way of float16, as bitsandbytes does."""
-    codes_NK, scales_N, _ = bitsandbytes().functional.int8_vectorwise_quant(weight_NK.to(torch.float16))
+    functional = bitsandbytes().functional
+    rows = max(1, _slice_of(weight_NK, 1) // weight_NK.shape[1])
+    parts = [functional.int8_vectorwise_quant(part.to(torch.float16))[:2] for part in torch.split(weight_NK, rows)]
+    codes_NK, scales_N = (torch.cat([part[index] for part in parts]) for index in (0, 1))
     return Int8Weight(codes_NK, scales_N, threshold)
 
 

@@ -104,13 +104,18 @@ def choose(kernels: Mapping[str, Kernel[Weight]], wanted: str, needs: Sequence[N
         if reason is not None:
             raise ConfigError(f"quant.kernel={wanted} cannot run here: {reason}; choose quant.kernel=auto")
         return kernels[wanted], "asked for"
-    reasons = {
-        name: kernel.passed_over(needs[0]) if kernel.passed_over else obstacle(kernel, needs)
-        for name, kernel in kernels.items()
-    }
+    reasons = reasons_against(kernels, needs)
     name = next(name for name, reason in reasons.items() if reason is None)
     passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason is not None]
     return kernels[name], "; ".join([f"fastest that runs on {needs[0].device_type}", *passed])
+
+
+def reasons_against(kernels: Mapping[str, Kernel[Weight]], needs: Sequence[Need]) -> dict[str, str | None]:
+    """For each kernel why `auto` does not take it, or None."""
+    return {
+        name: kernel.passed_over(needs[0]) if kernel.passed_over else obstacle(kernel, needs)
+        for name, kernel in kernels.items()
+    }
 
 
 def obstacle(kernel: Kernel[Weight], needs: Sequence[Need]) -> str | None:

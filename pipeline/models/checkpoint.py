@@ -28,13 +28,20 @@ HASHED_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's place and shape, from the header of its safetensors file."""
+    """A tensor's place and shape, from the header of its safetensors file; `offset` is its first byte in the file."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int
+
+    def read(self) -> bytes:
+        """The tensor's bytes, for those that are small."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def read_header(file: Path) -> list[TensorInfo]:
         header.pop("__metadata__", None)
         places = {name: entry["data_offsets"] for name, entry in header.items()}
         infos = [
-            TensorInfo(name, file, header[name]["dtype"], tuple(header[name]["shape"]), end - first)
+            TensorInfo(name, file, header[name]["dtype"], tuple(header[name]["shape"]), end - first, 8 + length + first)
             for name, (first, end) in places.items()
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

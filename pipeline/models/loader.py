@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from pipeline.models.architecture import ATTENTION, register_attention
 from pipeline.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
+from pipeline.models.memory import give_back_freed_memory
 from pipeline.models.rope import install_row_rope
 from pipeline.quant.bitblas import NotRepackable
 from pipeline.quant.format import StorageFormat
@@ -57,12 +58,13 @@ def load_model(
     `quant` is the format of the quantized Linears, None if there are none. `progress` wraps the loads,
     for a progress bar.
     """
-    model = _skeleton(config, dtype, trust_remote_code)
+    model = build_skeleton(config, dtype, trust_remote_code)
     if adapter is not None:
         lora.check_fits(adapter, model)
     loads = plan_loads(checkpoint, model, quant)
     for load in progress(loads):
         _run(load, model, quant, dtype, device)
+        give_back_freed_memory()
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
     _finish(model, checkpoint, device)
@@ -71,14 +73,12 @@ def load_model(
     _widen_head(model)
     if adapter is not None:
         lora.add_updates(adapter, model, lambda info: _read(info).to(device=device, dtype=torch.float32))
-    used = {info.name for load in loads for info in load.tensors.values()}
-    unused = tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
-    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused)
+    return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused_tensors(checkpoint, loads))
 
 
 def check_adapter(adapter: Adapter, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> None:
     """Raise ConfigError naming file and tensor unless the adapter fits the model; reads no weights."""
-    lora.check_fits(adapter, _skeleton(config, dtype, trust_remote_code))
+    lora.check_fits(adapter, build_skeleton(config, dtype, trust_remote_code))
 
 
 def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | None) -> list[Load]:
@@ -98,6 +98,12 @@ def plan_loads(checkpoint: Checkpoint, model: nn.Module, quant: StorageFormat | 
             loads.append(Load(path, {leaf: info}))
     loads += [Load(path, leaves, module_of[next(iter(leaves.values())).name]) for path, leaves in stored.items()]
     return sorted(loads, key=lambda load: ("bias" not in load.tensors, load.path))
+
+
+def unused_tensors(checkpoint: Checkpoint, loads: Iterable[Load]) -> tuple[str, ...]:
+    """The names of the checkpoint's tensors that no load reads and no model computes itself."""
+    used = {info.name for load in loads for info in load.tensors.values()}
+    return tuple(sorted(name for name in checkpoint.tensors if name not in used and not name.endswith(RECOMPUTED)))
 
 
 def _split(name: str, linears: set[str]) -> tuple[str, str]:
@@ -123,9 +129,8 @@ def _model_name(name: str, wanted: set[str], linears: set[str], model: nn.Module
 def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch.dtype, device: torch.device) -> None:
     """Read a load's tensors and put them where they belong."""
     if load.stored is None:
-        leaf, info = next(iter(load.tensors.items()))
-        _refuse_codes(model, load.path, leaf, info)
-        _place(model, load.path, leaf, _read(info).to(device=device, dtype=dtype), info, quant)
+        leaf, weight = read_weight(load, model, dtype, device)
+        _place(model, load.path, leaf, weight, quant)
         return
     assert quant is not None
     tensors = {leaf: _read(info).to(device) for leaf, info in load.tensors.items()}
@@ -146,17 +151,27 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     model.set_submodule(load.path, linear)
 
 
-def _refuse_codes(model: nn.Module, path: str, leaf: str, info: TensorInfo) -> None:
-    """Integers are no weights: they would be the codes of a quantized one whose statistics are missing."""
-    expected = getattr(model.get_submodule(path), leaf)
+def read_weight(load: Load, model: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[str, Tensor]:
+    """The leaf that a load of one unquantized tensor fills, and the tensor on the device; raises ConfigError.
+
+    Integers are no weights: they would be the codes of a quantized one whose statistics are missing.
+    """
+    leaf, info = next(iter(load.tensors.items()))
+    expected = getattr(model.get_submodule(load.path), leaf)
     if expected.is_floating_point() and info.dtype not in FLOAT_DTYPES:
         raise ConfigError(
             f"{info.file}: tensor {info.name} has dtype {info.dtype} and no statistics to dequantize it with; "
             "fetch the checkpoint again"
         )
+    if info.shape != expected.shape:
+        raise ConfigError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json asks for "
+            f"{list(expected.shape)}; fetch the checkpoint again"
+        )
+    return leaf, _read(info).to(device=device, dtype=dtype)
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The model with parameters on the meta device and its computed buffers (RoPE frequencies) real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -180,18 +195,10 @@ def _read(info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _place(
-    model: nn.Module, path: str, leaf: str, weight: Tensor, info: TensorInfo, quant: StorageFormat | None
-) -> None:
+def _place(model: nn.Module, path: str, leaf: str, weight: Tensor, quant: StorageFormat | None) -> None:
     """Put an unquantized tensor where it belongs, as it is or as a Linear quantized in flight."""
     module = model.get_submodule(path)
-    expected = getattr(module, leaf).shape
-    if weight.shape != expected:
-        raise ConfigError(
-            f"{info.file}: tensor {info.name} has shape {list(weight.shape)}, but config.json asks for "
-            f"{list(expected)}; fetch the checkpoint again"
-        )
-    if quant is not None and leaf == "weight" and _is_quantized(model, path, module, quant.spec):
+    if quant is not None and leaf == "weight" and is_quantized_in_flight(model, path, quant.spec):
         bias = getattr(module, "bias", None)
         model.set_submodule(path, quant.quantize(weight, None if bias is None else bias.data))
     elif leaf in module._buffers:
@@ -200,9 +207,10 @@ def _place(
         module.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
 
 
-def _is_quantized(model: nn.Module, path: str, module: nn.Module, spec: QuantSpec) -> bool:
-    """Quantized in flight: every Linear but the output head (as bitsandbytes' users expect) and those to skip."""
+def is_quantized_in_flight(model: nn.Module, path: str, spec: QuantSpec) -> bool:
+    """Every Linear is but the output head (as bitsandbytes' users expect) and those to skip."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    module = model.get_submodule(path)
     return not spec.stored and type(module) is nn.Linear and module is not head and not spec.skips(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from pipeline.engine.plan import (
 )
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.inventory import list_items
 from pipeline.quant.spec import QuantSettings, QuantSpec
 from pipeline.settings import ModelSettings
 
 if TYPE_CHECKING:
     import torch
 
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a value in each dtype that a model may run in."""
 AUTO_SHARE = 0.85
 """Share of the memory free at the start that `model.memory=auto` takes."""
 CACHE_SHARE = 0.5
@@ -69,16 +73,21 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def resolve_dtype(settings: ModelSettings, checkpoint: Checkpoint) -> torch.dtype:
+def dtype_name(settings: ModelSettings, checkpoint: Checkpoint) -> str:
     """The dtype asked for, or the checkpoint's own; raises ConfigError on one the checkpoint misnames."""
-    import torch
-
     name = settings.dtype
     if name == "auto":
         name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
-    if dtype is None:
+    if name not in ITEMSIZES:
         raise ConfigError(f"model.dtype={settings.dtype}: the checkpoint says {name}; set model.dtype=bfloat16")
+    return name
+
+
+def resolve_dtype(settings: ModelSettings, checkpoint: Checkpoint) -> torch.dtype:
+    """torch's dtype of `dtype_name`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, dtype_name(settings, checkpoint))
     return dtype
 
 
@@ -200,21 +209,9 @@ def weight_bytes(
 
     Without a `dense_product` dequantized weights would not be used, and count nothing.
     """
-    modules = spec.stored_modules(checkpoint.tensors)
-    stored = {f"{module.path}.{leaf}" for module in modules for leaf in module.leaves}
-    total = sum(module.num_bytes for module in modules)
-    dense = sum(math.prod(module.shape) for module in modules)
-    for info in checkpoint.tensors.values():
-        count = math.prod(info.shape)
-        module = info.name.removesuffix(".weight")
-        linear = len(info.shape) == 2 and not any(part in module for part in ("embed", "lm_head", "wte"))
-        if info.name in stored:
-            continue
-        if spec.quantized and not spec.stored and linear and not spec.skips(module):
-            total += int(count * spec.bytes_per_weight)
-            dense += count
-        else:
-            total += count * dtype.itemsize
+    items = list_items(checkpoint, spec, dtype.itemsize)
+    total = sum(item.resident_bytes for item in items)
+    dense = sum(item.values for item in items if item.quantized)
     dense_bytes = dense * dtype.itemsize if dense_product else 0
     return total + _head_copy_bytes(checkpoint, dtype, device_type), dense_bytes
 
@@ -236,6 +233,16 @@ def pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int, dtype: tor
 def adapter_pass_bytes(geometry: ModelGeometry, tokens: int, logit_rows: int) -> int:
     """What an adapter's float32 copy of a Linear's inputs, its update and their sum add to a pass."""
     return 4 * (tokens * (geometry.hidden + 2 * geometry.intermediate) + 2 * logit_rows * geometry.vocab)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return to the system what has been freed to it, where it can (glibc).
+
+    Loading frees many large temporaries between weights that stay; without this their holes would add up.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
+import uuid
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, RunFailed
@@ -98,6 +100,45 @@ def _renameat2(temporary: Path, final: Path) -> int:
         return errno.ENOSYS
     failed = rename(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(final), _RENAME_NOREPLACE)
     return ctypes.get_errno() if failed else 0
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its final name when the block ends well and is removed when it does not.
+
+    Raises ConfigError if there is something under that name already, and RunFailed if it cannot be written.
+    """
+    _refuse_taken(final)
+    make_folder(final.parent)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    make_folder(temporary)
+    try:
+        with failing_run(final):
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            temporary.rename(final)
+            sync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_taken(final: Path) -> None:
+    if final.is_dir() and not any(final.iterdir()):
+        return
+    if final.exists() or final.is_symlink():
+        raise ConfigError(f"output.dir={final} is there already and not empty; choose another one, or remove it")
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
 from pipeline.kernels import bnb
 from pipeline.kernels.linear8bit import Int8Weight
 from pipeline.kernels.registry import Kernel
@@ -36,16 +35,6 @@ class Bnb8bitFormat:
     def restore(
         self, module: StoredModule, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
     ) -> QuantLinear:
-        """From a weight as bitsandbytes saves it: "weight" int8 [N, K] row by row, "SCB" its scales [N].
-
-        Raises ConfigError on another layout.
-        """
-        missing = [leaf for leaf in ("weight", "SCB") if leaf not in tensors]
-        if missing:
-            raise ConfigError(f"its bitsandbytes 8-bit weight lacks {missing[0]}")
-        codes_NK, scales_N = tensors["weight"], tensors["SCB"]
-        row_major = int(tensors.get("weight_format", torch.tensor(0))) == 0
-        if codes_NK.dtype != torch.int8 or scales_N.numel() != codes_NK.shape[0] or not row_major:
-            raise ConfigError("its bitsandbytes 8-bit weight is not int8, row by row, with one scale a row")
-        weight = Int8Weight(codes_NK, scales_N.float(), self.spec.int8_threshold)
+        """From a weight as bitsandbytes saves it (`bnb_state.py`), which `BnbSpec.stored_modules` has checked."""
+        weight = Int8Weight(tensors["weight"], tensors["SCB"].reshape(-1).float(), self.spec.int8_threshold)
         return QuantLinear(weight, bias, dtype, self.kernel)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.quant.spec import DEFAULT_THRESHOLD, QuantSettings, QuantSpec, StoredModule, TensorHeader
+from pipeline.quant.bnb_state import NESTED_VALUES, check_4bit, check_8bit
+from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader
 
 BNB_BLOCKSIZE = 64
 BNB_4BIT = {"bnb": "nf4", "bnb-fp4": "fp4"}
 """The 4-bit code of each method."""
-STATE = "weight.quant_state.bitsandbytes__"
-"""Begins the name of the tensor that holds a 4-bit weight's other values as JSON bytes; the code's name follows."""
+STATISTICS = ("weight.absmax", "weight.nested_absmax", "weight.nested_quant_map")
+"""What stays on the device beside a 4-bit weight's codes."""
+OFFSET_BYTES = 4
+NESTED_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,45 +50,65 @@ class BnbSpec(QuantSpec):
             return f"bitsandbytes INT8 (threshold {self.int8_threshold:g}), {origin}"
         return f"bitsandbytes {self.quant_type.upper()}{' double-quantized' if self.double_quant else ''}, {origin}"
 
+    def describe_module(self, module: StoredModule) -> str:
+        """For a table."""
+        return _phrase(module.bits, module.code, module.group_size, "weight.nested_absmax" in module.leaves)
+
+    def describe_in_flight(self) -> str:
+        """For a table."""
+        return f"{_phrase(self.bits, self.quant_type, self.blocksize, self.double_quant)}, in flight"
+
+    def in_flight_bytes(self, shape: tuple[int, ...]) -> int:
+        """Codes, and a scale for each row (8 bits) or the block maxima (4 bits), maybe quantized themselves."""
+        values = math.prod(shape)
+        if self.bits == 8:
+            return values + 4 * shape[0]
+        blocks = -(-values // self.blocksize)
+        nested = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 * NESTED_VALUES + OFFSET_BYTES
+        return -(-values // 2) + (nested if self.double_quant else 4 * blocks)
+
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
-        """The Linears whose statistics are there; their shapes are only known to 8-bit headers."""
+        """The Linears whose statistics are there, whatever `skip_modules` says: the tensors decide."""
         if not self.stored:
             return []
-        return self._stored_8bit(tensors) if self.bits == 8 else self._stored_4bit(tensors)
+        suffix = re.compile(r"\.(SCB|weight_format)$" if self.bits == 8 else r"\.(weight\..+)$")
+        leaves: dict[str, dict[str, TensorHeader]] = {}
+        for name, header in tensors.items():
+            if match := suffix.search(name):
+                leaves.setdefault(name[: match.start()], {})[match[1]] = header
+        for path, found in leaves.items():
+            if f"{path}.weight" in tensors:
+                found["weight"] = tensors[f"{path}.weight"]
+        return [self._module(path, found) for path, found in leaves.items()]
 
-    def _stored_8bit(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
-        paths = [name.removesuffix(".SCB") for name in tensors if name.endswith(".SCB")]
-        modules = []
-        for path in paths:
-            leaves = tuple(leaf for leaf in ("SCB", "weight", "weight_format") if f"{path}.{leaf}" in tensors)
-            shape = tensors[f"{path}.weight"].shape if "weight" in leaves else (0, 0)
-            modules.append(self._module(path, leaves, (shape[0], math.prod(shape[1:])), tensors))
-        return modules
-
-    def _stored_4bit(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
-        leaves: dict[str, list[str]] = {}
-        for name in sorted(tensors):
-            path, found, rest = name.partition(".weight.")
-            if found:
-                leaves.setdefault(path, []).append(f"weight.{rest}")
-        modules = []
-        for path, names in leaves.items():
-            packed = tensors.get(f"{path}.weight")
-            codes = 0 if packed is None else packed.num_bytes * 2
-            modules.append(self._module(path, (*names, *(("weight",) if packed else ())), (1, codes), tensors))
-        return modules
-
-    def _module(
-        self, path: str, leaves: tuple[str, ...], shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
-    ) -> StoredModule:
+    def _module(self, path: str, found: Mapping[str, TensorHeader]) -> StoredModule:
+        try:
+            if self.bits == 8:
+                shape = check_8bit(found)
+                group_size, kept = shape[1], sum(found[leaf].num_bytes for leaf in ("weight", "SCB"))
+                return StoredModule(
+                    path=path, leaves=tuple(found), bits=8, group_size=group_size, shape=shape, num_bytes=kept
+                )
+            state = check_4bit(found)
+        except ConfigError as error:
+            file = found.get("weight", next(iter(found.values()))).file
+            raise ConfigError(f"{file}: {path}: {error}; fetch the checkpoint again") from error
+        kept = sum(found[leaf].num_bytes for leaf in ("weight", *STATISTICS) if leaf in found)
         return StoredModule(
             path=path,
-            leaves=leaves,
-            bits=self.bits,
-            group_size=self.blocksize or shape[1],
-            shape=shape,
-            num_bytes=sum(tensors[f"{path}.{leaf}"].num_bytes for leaf in leaves),
+            leaves=tuple(found),
+            bits=4,
+            group_size=state.blocksize,
+            shape=state.shape,
+            num_bytes=kept + (OFFSET_BYTES if state.nested_blocksize else 0),
+            code=state.quant_type,
         )
+
+
+def _phrase(bits: int, code: str, blocksize: int, double: bool) -> str:
+    if bits == 8:
+        return "bitsandbytes INT8, a scale for each row"
+    return f"bitsandbytes {code.upper()}{' double-quantized' if double else ''}, blocks of {blocksize}"
 
 
 def bnb_in_flight(settings: QuantSettings) -> BnbSpec:
@@ -114,15 +138,20 @@ def bnb_stored(settings: QuantSettings, stored: Mapping[str, Any], path: str) ->
 
 def _read(settings: QuantSettings, stored: Mapping[str, Any]) -> BnbSpec:
     skip = tuple(stored.get("llm_int8_skip_modules") or ())
-    if stored.get("load_in_8bit"):
-        is_set = settings.method == "bnb-int8"
-        threshold = settings.int8_threshold if is_set else float(stored.get("llm_int8_threshold", DEFAULT_THRESHOLD))
+    if is_flagged(stored, 8):
+        told = stored.get("llm_int8_threshold")
+        threshold = settings.int8_threshold if settings.method == "bnb-int8" or told is None else float(told)
         return BnbSpec(bits=8, int8_threshold=threshold, skip_modules=skip, stored=True)
     return BnbSpec(
         bits=4,
-        quant_type=str(stored.get("bnb_4bit_quant_type", "fp4")),
+        quant_type=str(stored.get("bnb_4bit_quant_type") or "fp4"),
         blocksize=BNB_BLOCKSIZE,
-        double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
+        double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
         skip_modules=skip,
         stored=True,
     )
+
+
+def is_flagged(stored: Mapping[str, Any], bits: int) -> bool:
+    """Whether a configuration says so many bits: transformers has written the flag with and without underscore."""
+    return bool(stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.quant.bitblas_spec import bitblas_stored
-from pipeline.quant.bnb_spec import bnb_in_flight, bnb_stored
+from pipeline.quant.bnb_spec import bnb_in_flight, bnb_stored, is_flagged
 from pipeline.quant.gptq_spec import gptq_stored
 from pipeline.quant.spec import QuantSettings, QuantSpec, Unquantized
 
@@ -40,8 +40,8 @@ def family_of(quantization: Mapping[str, Any]) -> str:
     """
     if not quantization:
         return "none"
-    method = str(quantization.get("quant_method") or "")
-    if method in ("bitsandbytes", "") and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+    method = str(quantization.get("quant_method") or "").lower()
+    if not method and (is_flagged(quantization, 4) or is_flagged(quantization, 8)):
         return "bitsandbytes"
     marks = (method, quantization.get("checkpoint_format"), quantization.get("format"))
     if "bitblas" in marks or quantization.get("is_bitblas_format"):

@@ -67,6 +67,13 @@ def format_of(
     return None, ""
 
 
+def kernels_of(spec: QuantSpec) -> Mapping[str, Kernel[Any]]:
+    """The registry's kernels for the format of a spec; none for unquantized weights."""
+    if isinstance(spec, BnbSpec):
+        return registry.BNB_8BIT if spec.bits == 8 else registry.BNB_4BIT
+    return registry.GPTQ if isinstance(spec, GptqSpec) else {}
+
+
 def needs_of(
     spec: QuantSpec,
     modules: Sequence[StoredModule],

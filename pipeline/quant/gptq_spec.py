@@ -48,6 +48,11 @@ class GptqSpec(QuantSpec):
         layout = ", repacked for BitBLAS" if self.repack else ""
         return f"GPTQ {self.bits} bits{group} ({kind}{order}), from the checkpoint{layout}"
 
+    def describe_module(self, module: StoredModule) -> str:
+        """For a table."""
+        one = module.group_size >= module.shape[1]
+        return f"GPTQ {module.bits} bits, {'one group' if one else f'groups of {module.group_size}'}"
+
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """Every module that has a qweight, checked against the configuration."""
         paths = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -46,13 +47,18 @@ class TensorHeader(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    def read(self) -> bytes:
+        """The tensor's bytes, for those that are small."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredModule:
     """A Linear that a checkpoint holds quantized: weight [N, K] in `leaves` (names below `path`).
 
-    `num_bytes` is what it takes once loaded. `group_size` is the number of inputs that share a scale. Kernels that
-    take not every kind also ask for `zeros_mode` (none, original, rescale) and safetensors' `scale_dtype`.
+    `num_bytes` is what it takes once loaded. `group_size` is the number of weights that share a scale. `code` names
+    the values of the codes where a format has several ("nf4"). Kernels that take not every kind also ask for
+    `zeros_mode` (none, original, rescale) and safetensors' `scale_dtype`.
     """
 
     path: str
@@ -63,6 +69,7 @@ class StoredModule:
     num_bytes: int
     zeros_mode: str = "original"
     scale_dtype: str = "F16"
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +102,18 @@ class QuantSpec(ABC):
     def describe(self) -> str:
         """One phrase for the log, the plan and the fingerprint."""
 
+    def describe_module(self, module: StoredModule) -> str:
+        """A stored module's format in a few words, for a table."""
+        return f"{module.bits} bits, groups of {module.group_size}"
+
+    def describe_in_flight(self) -> str:
+        """The format of what is quantized in flight, for a table."""
+        return f"{self.bits} bits"
+
+    def in_flight_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight quantized in flight takes, statistics included."""
+        return int(math.prod(shape) * self.bytes_per_weight)
+
     @abstractmethod
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """The Linears that a checkpoint with these tensors holds quantized.
@@ -103,11 +122,14 @@ class QuantSpec(ABC):
         """
 
     def skips(self, module_name: str) -> bool:
-        """Whether a module stays unquantized: its path, or one of its parts, is listed."""
+        """Whether a module stays unquantized: one of its path's parts is listed, or its path up to some part.
+
+        As vLLM matches `llm_int8_skip_modules` (`is_layer_skipped_bnb` in its quantization/bitsandbytes.py): whole
+        parts alone, so that "model.layers.1" does not mean layer 10, nor "proj" every projection.
+        """
         parts = module_name.split(".")
-        return any(
-            skip == module_name or skip in parts or module_name.startswith(f"{skip}.") for skip in self.skip_modules
-        )
+        listed = set(self.skip_modules)
+        return any(part in listed or ".".join(parts[: end + 1]) in listed for end, part in enumerate(parts))
 
 
 def module_override(overrides: Mapping[str, Mapping[str, Any]], path: str) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ EIGHT_BIT = ("int8", "int8-plain")
 STORAGES = ("uint8", "bfloat16", "float32")
 SAVED = [
     *(pytest.param(quant, storage, id=f"{quant}-{storage}") for quant in FOUR_BIT for storage in STORAGES),
+    *(pytest.param("nf4", storage, id=f"nf4-{storage}") for storage in ("int8", "float16", "float64")),
     *(pytest.param(quant, "uint8", id=quant) for quant in EIGHT_BIT),
 ]
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16)]
@@ -61,8 +62,14 @@ def saved(checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
     bitsandbytes()
 
     @cache
-    def save(quant: str, storage: str = "uint8", dtype: torch.dtype = torch.bfloat16, skip: str = "") -> Path:
-        more = {"llm_int8_skip_modules": skip.split()} if skip else {}
+    def save(
+        quant: str,
+        storage: str = "uint8",
+        dtype: torch.dtype = torch.bfloat16,
+        skip: str | None = None,
+        shard: str = "1GB",
+    ) -> Path:
+        more = {} if skip is None else {"llm_int8_skip_modules": skip.split()}
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint_folder(BASE),
             dtype=dtype,
@@ -70,7 +77,7 @@ def saved(checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
             device_map="cpu",
         )
         folder = tmp_path_factory.mktemp("saved") / f"{quant}-{storage}"
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=shard)
         return folder
 
     return save
@@ -251,6 +258,108 @@ def test_modules_to_skip_are_stored_unquantized(
     in_flight = load_decoder(checkpoint_folder(BASE), torch.bfloat16, quant, skip_modules=skip)
     prompt = random_prompt(random.Random(2), 20)
     assert torch.equal(pass_logits(decoder, prompt), pass_logits(in_flight, prompt))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4-single", "int8-plain"])
+def test_a_quantized_output_head(
+    quant: str, saved: Save, load_decoder: Callable[..., Any], reference: Callable[..., Any]
+) -> None:
+    """Which transformers makes of an empty list of modules to skip."""
+    folder = saved(quant, dtype=torch.float32, skip="")
+    decoder = load_decoder(folder, torch.float32, "auto")
+    ours = {path.removesuffix(".linear"): linear for path, linear in decoder.quant_linears()}
+    model = reference.__wrapped__(folder, torch.float32)  # type: ignore[attr-defined]  # one of its own
+    theirs = quantized_by_transformers(model)
+    assert set(ours) == set(theirs) and "lm_head" in ours and len(ours) == 7 * 3 + 1
+    for path, linear in ours.items():
+        assert torch.equal(linear.dequantize(), dense_by_transformers(theirs[path])), path
+    prompt = random_prompt(random.Random(5), 40)
+    logits = pass_logits(decoder, prompt).double()
+    expected = oracle_logits(make_dense(model) if quant in FOUR_BIT else model, prompt)
+    error = (logits - expected).abs()
+    assert float(error.max() if quant in FOUR_BIT else error.square().mean().sqrt()) < (
+        1e-4 if quant in FOUR_BIT else 0.02 * float(expected.square().mean().sqrt())
+    )
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_several_files_with_an_index(quant: str, saved: Save, load_decoder: Callable[..., Any]) -> None:
+    """As transformers splits them: a weight's statistics may lie in another file than its codes."""
+    folder = saved(quant, shard="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    whole, sharded = (load_decoder(f, torch.bfloat16, "auto") for f in (saved(quant), folder))
+    prompt = random_prompt(random.Random(6), 30)
+    assert torch.equal(pass_logits(sharded, prompt), pass_logits(whole, prompt))
+
+
+BLOCKSIZES = (32, 64, 128, 256, 1024, 4096)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_every_blocksize(
+    blocksize: int,
+    double: bool,
+    kernel: str,
+    checkpoint_folder: Callable[[str], Path],
+    tmp_path: Path,
+    load_decoder: Callable[..., Any],
+) -> None:
+    """transformers only writes blocks of 64; bitsandbytes itself quantizes these, and config.json does not tell."""
+    folder = Path(shutil.copytree(checkpoint_folder(BASE), tmp_path / "blocks"))
+    weights, expected = load_file(folder / WEIGHTS), {}
+    functional = bitsandbytes().functional
+    for name in [n for n in weights if "proj.weight" in n]:
+        kind = "fp4" if "down_proj" in name else "nf4"  # nor of the code, which each weight names for itself
+        packed, state = functional.quantize_4bit(
+            weights[name], blocksize=blocksize, quant_type=kind, compress_statistics=double
+        )
+        weights |= {f"{name}.{leaf}": tensor for leaf, tensor in state.as_dict(packed=True).items()}
+        shape, weights[name] = state.shape, packed
+        state.shape = torch.Size((1, shape.numel()))  # with rows that end within a block, its AVX512 code errs
+        expected[name.removesuffix(".weight")] = functional.dequantize_4bit(packed, state).reshape(shape)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = bnb_config("nf4", "uint8", torch.float32).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(str(folder))
+    modules = resolve_spec(QuantSettings(), checkpoint.quantization, "there").stored_modules(checkpoint.tensors)
+    assert {module.group_size for module in modules} == {blocksize}
+    assert {module.code for module in modules} == {"nf4", "fp4"}
+    linears = dict(load_decoder(folder, torch.float32, "auto", kernel).quant_linears())
+    assert set(linears) == set(expected)
+    for path, linear in linears.items():
+        assert torch.equal(linear.dequantize(), expected[path]), path
+        assert linear.stored_bytes == next(m.num_bytes for m in modules if m.path == path)
+
+
+FOUR, EIGHT = {"load_in_4bit": True}, {"load_in_8bit": True}
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+VARIANTS = {
+    "no method": ("nf4", FOUR | NF4),
+    "the first ones": ("nf4", FOUR | {"load_in_8bit": False} | NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}),
+    "underscores alone": ("nf4", {"quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False} | NF4),
+    "no flag": ("nf4", {"quant_method": "bitsandbytes"} | NF4),
+    "no type": ("nf4", {"quant_method": "bitsandbytes"} | FOUR),
+    "method in capitals": ("nf4", {"quant_method": "BITSANDBYTES"} | FOUR | NF4),
+    "8 bits, no method": ("int8", EIGHT),
+    "8 bits, underscores alone": ("int8", {"quant_method": "bitsandbytes", "_load_in_8bit": True}),
+    "8 bits, no threshold": ("int8", {"quant_method": "bitsandbytes", "llm_int8_threshold": None} | EIGHT),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_configurations_of_older_and_newer_tools(
+    variant: str, copy_of: Callable[[str], Path], saved: Save, load_decoder: Callable[..., Any]
+) -> None:
+    quant, told = VARIANTS[variant]
+    folder = copy_of(quant)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": told}
+    (folder / "config.json").write_text(json.dumps(config))
+    prompt = random_prompt(random.Random(7), 30)
+    expected = pass_logits(load_decoder(saved(quant), torch.bfloat16, "auto"), prompt)
+    assert torch.equal(pass_logits(load_decoder(folder, torch.bfloat16, "auto"), prompt), expected)
 
 
 def test_eight_bit_weights_are_not_cached_dequantized(saved: Save, load_decoder: Callable[..., Any]) -> None:

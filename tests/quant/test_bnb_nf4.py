@@ -231,6 +231,32 @@ def test_modules_to_skip_stay_unquantized(
     assert everything - quantized == expected
 
 
+@pytest.mark.parametrize(
+    ("skip", "path", "skipped"),
+    [
+        ("lm_head", "lm_head", True),
+        ("o_proj", "model.layers.7.self_attn.o_proj", True),
+        ("mlp", "model.layers.7.mlp.up_proj", True),
+        ("model.layers.7.mlp.up_proj", "model.layers.7.mlp.up_proj", True),
+        ("model.layers.7", "model.layers.7.mlp.up_proj", True),
+        ("model", "model.layers.7.mlp.up_proj", True),
+        ("7", "model.layers.7.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
+        ("model.layers.7.mlp.up", "model.layers.7.mlp.up_proj", False),
+        ("proj", "model.layers.7.mlp.up_proj", False),
+        ("layers.7", "model.layers.7.mlp.up_proj", False),
+        ("mlp.up_proj", "model.layers.7.mlp.up_proj", False),
+        ("model.layers.*.mlp", "model.layers.7.mlp.up_proj", False),
+        ("", "model.layers.7.mlp.up_proj", False),
+    ],
+)
+def test_names_match_as_in_vllm(skip: str, path: str, skipped: bool) -> None:
+    """Read from its is_layer_skipped_bnb: an entry equals a part of the path, or the path up to the end of a part."""
+    assert BnbSpec(bits=4, skip_modules=(skip,)).skips(path) is skipped
+    assert BnbSpec(bits=4, skip_modules=("other", skip)).skips(path) is skipped
+    assert BnbSpec(bits=4).skips(path) is False
+
+
 def test_a_quantized_linear_is_its_dequantized_product(
     checkpoint_folder: Callable[[str], Path], load_decoder: Callable[..., Any]
 ) -> None:

@@ -92,15 +92,22 @@ def run_cli(*overrides: str, cwd: Path | None = None, env: Mapping[str, str] | N
 
 
 def run_here(*overrides: str) -> Ended:
-    """The pipeline's entry point in this process, whose signal handlers are put back."""
-    from pipeline.__main__ import SIGNALS, main
+    """The pipeline's entry point in this process."""
+    from pipeline.__main__ import main
+
+    return call(main, *overrides)
+
+
+def call(entry: Callable[[Sequence[str]], int], *arguments: str) -> Ended:
+    """A command's entry point in this process, whose signal handlers are put back."""
+    from pipeline.command import SIGNALS
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     started = time.monotonic()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(list(overrides))
+            code = entry(list(arguments))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

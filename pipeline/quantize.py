@@ -1,0 +1,122 @@
+"""`python -m pipeline.quantize [overrides]`: a checkpoint quantized once, so that every start after it is fast.
+
+Takes the overrides of a run. quant=bnb, bnb-fp4 and bnb-int8 write what a run would make of the weights in flight;
+quant=gptq calibrates on rows of the data source.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.command import guarded
+from pipeline.console import Console, size_text
+from pipeline.errors import ConfigError, Interrupted
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.memory import resolve_device, resolve_dtype
+from pipeline.models.small_files import copy_small_files, tokenizer_folder
+from pipeline.output.durable import new_folder
+from pipeline.quant.detect import resolve_spec
+from pipeline.quant.spec import QuantSettings, QuantSpec
+from pipeline.run import ExitCode, Stopping
+from pipeline.settings import ModelConfig
+
+SHARD_BYTES = 4 << 30
+"""The largest file of weights that is written."""
+IN_FLIGHT = ("bnb", "bnb-fp4", "bnb-int8")
+USAGE = """usage: python -m pipeline.quantize model=choice quant=choice output.dir=DIR [key=value ...]
+
+Writes a quantized copy of a checkpoint, which this pipeline and transformers load.
+Takes the overrides of a run (python -m pipeline --help).
+
+  quant=bnb, bnb-fp4, bnb-int8   bitsandbytes, as a run would quantize in flight: the same bits
+Example: python -m pipeline.quantize model=path model.path=/models/llama-7b quant=bnb output.dir=/models/llama-7b-nf4
+
+exit codes
+  0 written; 1 failed; 2 bad configuration or checkpoint; 75 interrupted, nothing is left in output.dir
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Quantize with the given command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(USAGE)
+        return ExitCode.DONE
+    return guarded(
+        lambda console, stopping: quantize(arguments, console, stopping),
+        "nothing was left in output.dir; run the same command again",
+    )
+
+
+def quantize(overrides: Sequence[str], console: Console, stopping: Stopping) -> int:
+    """Write the quantized checkpoint; raises ConfigError, RunFailed or Interrupted, which leave nothing behind."""
+    asked = config.load_model_config(overrides, ["model", "quant", "output"])
+    assert asked.output is not None  # it is required
+    checkpoint = open_checkpoint(asked.model.path, asked.model.revision)
+    spec = _spec(asked.quant, checkpoint)
+    tokenizer = tokenizer_folder(checkpoint, asked.model)
+    final = Path(asked.output.dir).expanduser()
+    with new_folder(final) as folder:
+        _write_in_flight(asked, checkpoint, spec, folder, console, stopping)
+        copy_small_files(checkpoint.folder, tokenizer, folder)
+    before, after = (sum(file.stat().st_size for file in found) for found in (checkpoint.weight_files, _weights(final)))
+    console.result(f"checkpoint  {final} ({spec.describe().split(',')[0]})")
+    console.result(f"weights     {size_text(after)}, {size_text(before)} before")
+    console.result(f"use         python -m pipeline model=path model.path={final} ...")
+    return ExitCode.DONE
+
+
+def _spec(settings: QuantSettings, checkpoint: Checkpoint) -> QuantSpec:
+    """What to make; raises ConfigError if that is no format to write, or the checkpoint is quantized already."""
+    if settings.method not in IN_FLIGHT:
+        raise ConfigError(
+            f"quant={settings.method} is no format that pipeline.quantize writes; choose quant={', '.join(IN_FLIGHT)}"
+        )
+    spec = resolve_spec(settings, checkpoint.quantization, checkpoint.name)
+    if spec.stored:
+        raise ConfigError(
+            f"model.path={checkpoint.name} is {spec.describe()} already; name an unquantized checkpoint, or run this "
+            "one as it is"
+        )
+    return spec
+
+
+def _write_in_flight(
+    asked: ModelConfig, checkpoint: Checkpoint, spec: QuantSpec, folder: Path, console: Console, stopping: Stopping
+) -> None:
+    """A tensor at a time, on the device; a signal ends it at once."""
+    from pipeline.models.architecture import load_config
+    from pipeline.models.export import write_quantized
+    from pipeline.quant.format import format_of, needs_of
+
+    transformers_config = load_config(checkpoint.name, str(checkpoint.folder), asked.model.trust_remote_code)
+    device, dtype = resolve_device(asked.model), resolve_dtype(asked.model, checkpoint)
+    quant, _ = format_of(spec, "auto", needs_of(spec, [], device.type, None, dtype))
+    assert quant is not None
+
+    def watched(items: Sequence[Any]) -> Iterator[Any]:
+        for item in console.loading(items):
+            if stopping():
+                raise Interrupted("stopped while quantizing")
+            yield item
+
+    unused = write_quantized(
+        checkpoint, transformers_config, quant, dtype, device, folder,
+        trust_remote_code=asked.model.trust_remote_code, progress=watched, shard_bytes=SHARD_BYTES,
+    )  # fmt: skip
+    if unused:
+        console.note(
+            f"{checkpoint.name}: {len(unused)} tensors have no place in the model and are left out ({unused[0]}, ...)"
+        )
+
+
+def _weights(folder: Path) -> list[Path]:
+    return list(folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
