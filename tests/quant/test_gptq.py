@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import Case as AdapterCase
+from adapters import Made as Adapted
+from adapters import furthest, lora, make_adapters, some_prompts
 from oracle import (
     greedy,
     load_reference,
@@ -284,3 +287,33 @@ def test_shards_are_read_through_their_index(
     prompt = random_prompt(random.Random(3), 40)
     whole = load_decoder(made["4-asym-act"].folder, torch.float32, "auto")
     assert torch.equal(pass_logits(load_decoder(folder, torch.float32, "auto"), prompt), pass_logits(whole, prompt))
+
+
+# --- adapters ------------------------------------------------------------------------------------------------
+
+ADAPTED = {
+    "4-asym-act": lora("all-linear", 20),
+    "head": lora(["q_proj", "lm_head"], use_dora=True),
+    "tied": lora(["down_proj"], modules_to_save=["lm_head", "v_proj"]),
+    "fused": lora(["qkv_proj", "down_proj"]),
+}
+"""What is trained on which of JOBS; modules that are saved whole take the place of quantized ones."""
+
+
+@pytest.fixture(scope="module")
+def adapted(made: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapted]:
+    cases = {
+        case: AdapterCase(base=made[case].dense, settings=settings, prompts=some_prompts())
+        for case, settings in ADAPTED.items()
+    }
+    return make_adapters(cases, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_under_an_adapter_logits_are_those_of_peft_on_the_dequantized_model(
+    case: str, adapted: dict[str, Adapted], made: dict[str, Made], load_decoder: Callable[..., Any]
+) -> None:
+    decoder = load_decoder(made[case].folder, torch.float32, "auto", adapter=adapted[case].folder)
+    assert len(list(decoder.quant_linears())) >= 8
+    for n, prompt in enumerate(adapted[case].case.prompts):
+        assert furthest(pass_logits(decoder, prompt), adapted[case].logits(n)) < 2e-4
