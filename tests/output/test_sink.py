@@ -245,15 +245,15 @@ def test_of_four_processes_that_commit_everything_each_chunk_has_one_winner(plac
 def test_a_killed_process_leaves_only_whole_parts(place: Place, tmp_path: Path) -> None:
     if not place.is_shared:
         pytest.skip("other processes do not see it")
-    rng = random.Random(1)
+    rng, store = random.Random(1), place.store()
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     for attempt in range(4 if place.is_local else 2):
         for old in meeting.iterdir():
             old.unlink()
-        before = len(place.store().names("results"))
+        before = len(store.names("results"))
         (process,) = start_committers(place, meeting, [attempt], 2000)
-        while len(place.store().names("results")) == before:
+        while len(store.names("results")) == before:
             assert process.poll() is None
         time.sleep(rng.uniform(0.002, 0.15))
         process.send_signal(signal.SIGKILL)
