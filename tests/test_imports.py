@@ -16,6 +16,7 @@ import pipeline
 HEAVY = ("torch", "transformers", "bitsandbytes", "bitblas", "datasets", "accelerate", "huggingface_hub")
 NEEDS_TORCH = (
     "pipeline.engine.attention",
+    "pipeline.engine.dedup",
     "pipeline.engine.engine",
     "pipeline.engine.graphs",
     "pipeline.engine.kv_cache",
