@@ -33,7 +33,7 @@ from pipeline.kernels.packed_bitblas import BitblasWeight
 VERSION = "0.1.0.post1"
 """Of the package, the last one. Its operators are called as it generates them."""
 BUILDERS = 4
-"""Operators built at a time, at most; each takes a processor and about 2 GiB."""
+"""Operators built at a time, at most; each keeps a processor busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +160,10 @@ def toolchain_obstacle() -> str | None:
 
 
 def run_child(work: Path, order: dict[str, Any]) -> str | None:
-    """Carry out an order in a process of its own; returns the reason why it could not be, or None."""
+    """Carry out an order in a process of its own, which litters the folder it runs in; returns why it could not."""
     program = [sys.executable, "-P", bitblas_child.__file__, str(work), json.dumps(order | {"version": VERSION})]
-    done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)  # noqa: S603  # our own program
+    quiet: Any = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(program, cwd=work, check=False, **quiet)  # noqa: S603  # our own program
     if done.returncode == 0:
         return None
     told = work / "reason"

@@ -63,7 +63,7 @@ def products(
     jobs = [{"operands": str(files[case]), "bits": case.bits, "zeros": case.zeros} for case in CASES]
     done = subprocess.run(
         [sys.executable, str(PROGRAM)], input=json.dumps(jobs), capture_output=True, text=True,
-        check=False, env=bitblas_environment,
+        check=False, env=bitblas_environment, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return {case: load_file(file) for case, file in files.items()}

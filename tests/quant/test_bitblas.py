@@ -131,7 +131,10 @@ Folders = dict[str, Path]
 
 def run(program: str, jobs: list[dict[str, Any]], environment: dict[str, str] | None = None) -> None:
     command = [sys.executable, str(HERE / program)]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=environment,
+        cwd=Path(jobs[0]["target"]).parents[1],
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 

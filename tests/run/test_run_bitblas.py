@@ -26,7 +26,10 @@ PACKED = {"bits": 4, "zeros": "quantized", "leaf": "qzeros", "code_dtype": "", "
 
 def make(program: str, *jobs: dict[str, Any], env: dict[str, str] | None = None) -> None:
     command = [sys.executable, str(PROGRAMS / program)]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(
+        command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=env,
+        cwd=Path(jobs[0]["target"]).parent,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
