@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import low_rank, write_adapter
 
 from pipeline.core import Completion, Request, SamplingParams
 from pipeline.engine.engine import Engine
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EngineSettings, plan_engine
+from pipeline.models.adapter import open_adapter
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.loader import load_model
+from pipeline.models.memory import capability_of
 from pipeline.quant.detect import resolve_spec
 from pipeline.quant.format import format_of, needs_of
 from pipeline.quant.spec import QuantSettings
@@ -57,19 +60,23 @@ def requests() -> list[Request]:
     ]
 
 
-def engine(folder: Path, dtype: torch.dtype, method: str, **settings: int) -> Engine:
+def engine(
+    folder: Path, dtype: torch.dtype, method: str, adapter: Path | None = None, device: torch.device = CUDA,
+    **settings: int,
+) -> Engine:  # fmt: skip
     checkpoint = open_checkpoint(str(folder))
     config = load_config(str(folder), str(folder), trust_remote_code=False)
     spec = resolve_spec(QuantSettings(method=method), checkpoint.quantization, str(folder))
-    needs = needs_of(spec, [], "cuda", torch.cuda.get_device_capability(), dtype)
+    needs = needs_of(spec, [], device.type, capability_of(device), dtype)
     quant, _ = format_of(spec, "auto", needs)
-    model = load_model(checkpoint, config, quant, dtype, CUDA)
+    opened = None if adapter is None else open_adapter(str(adapter))
+    model = load_model(checkpoint, config, quant, dtype, device, adapter=opened)
     geometry = geometry_of(config)
     plan = plan_engine(
-        geometry, EngineSettings(**settings), longest=1024, device_type="cuda", kv_budget_bytes=4 << 30,
+        geometry, EngineSettings(**settings), longest=1024, device_type=device.type, kv_budget_bytes=4 << 30,
         kv_itemsize=dtype.itemsize,
     )  # fmt: skip
-    return Engine(model, plan, lambda c: KVCache(geometry, c, dtype, CUDA), CUDA)
+    return Engine(model, plan, lambda c: KVCache(geometry, c, dtype, device), device)
 
 
 def answers(engine: Engine, requests: list[Request]) -> dict[int, Completion]:
@@ -144,3 +151,30 @@ def test_scored_texts_equal_transformers(folder: Path, requests: list[Request]) 
             logprobs = torch.log_softmax(oracle(ids).logits[0], dim=-1)
         expected = float(logprobs[:-1].gather(1, ids[0, 1:, None]).sum())
         assert ours[text.id].prompt_logprob == pytest.approx(expected, abs=1e-4 * ids.shape[1])  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = low_rank("lm_head", 256, VOCAB, 20)
+    for layer in range(3):
+        tensors |= low_rank(f"model.layers.{layer}.self_attn.q_proj", 256, 256, 20, seed=layer)
+        tensors |= low_rank(f"model.layers.{layer}.mlp.down_proj", 512, 256, 20, seed=layer)
+    return write_adapter(tmp_path_factory.mktemp("adapter"), tensors, r=20)
+
+
+@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_permuted_under_an_adapter_give_identical_bits(
+    folder: Path, adapter: Path, requests: list[Request], dtype: torch.dtype, method: str
+) -> None:
+    first = answers(engine(folder, dtype, method, adapter, slots=64), requests)
+    second = answers(engine(folder, dtype, method, adapter, slots=64), random.Random(5).sample(requests, len(requests)))
+    assert first == second
+    assert answers(engine(folder, dtype, method, slots=64), requests) != first
+
+
+def test_an_adapter_answers_as_on_the_cpu(folder: Path, adapter: Path, requests: list[Request]) -> None:
+    few = requests[:40]
+    ours = answers(engine(folder, torch.float32, "none", adapter), few)
+    cpu = answers(engine(folder, torch.float32, "none", adapter, torch.device("cpu")), few)
+    assert sum(ours[n].token_ids != cpu[n].token_ids for n in cpu) <= 1

@@ -149,6 +149,22 @@ def test_a_base_of_another_name_is_noted(made: dict[str, Made], data: Path, tmp_
     assert f"model.adapter={folder} was trained on some/other-base and runs on model.path=" in ended.err
 
 
+def test_a_hub_id_and_its_revision_from_the_local_cache(
+    done: tuple[Path, Ended], made: dict[str, Made], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--some--adapter"
+    (cached / "refs").mkdir(parents=True)
+    for revision, name in {"main": "another", "v2": "every linear"}.items():
+        commit = f"{len(name):040x}"
+        (cached / "refs" / revision).write_text(commit)
+        shutil.copytree(made[name].folder, cached / "snapshots" / commit)
+    run_here(*command(data, tmp_path / "out", Path("some/adapter"), "model.adapter_revision=v2")).done()
+    assert rows(tmp_path / "out") == rows(done[0])
+    message = run_here(*command(data, tmp_path / "out", Path("some/adapter"))).refusal()
+    assert f"model.adapter.{WEIGHTS}: " in message
+
+
 # --- a tokenizer that comes with the adapter ------------------------------------------------------------------
 
 
