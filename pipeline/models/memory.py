@@ -169,14 +169,13 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
         place.checkpoint, place.spec, place.dtype, place.device_type, dense_product=place.dense_product
     )
     tokens, logit_rows = largest_pass(engine, longest, place.device_type)
-    passes = pass_bytes(place.geometry, tokens, logit_rows, place.dtype)
-    shared = (
-        0 if engine.share_prefix is None else PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
-    )
-    passes += shared
+    logits = max(logit_rows, engine.slots or 0)
+    passes = pass_bytes(place.geometry, tokens, logits, place.dtype)
+    if engine.share_prefix is not None:
+        passes += PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
     if place.adapter_bytes:
         weights += place.adapter_bytes
-        passes += adapter_pass_bytes(place.geometry, tokens, logit_rows)
+        passes += adapter_pass_bytes(place.geometry, tokens, logits)
     rest = place.budget - weights - passes
     if rest <= 0:
         raise ConfigError(
