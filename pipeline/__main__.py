@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from pipeline import __version__, config
 from pipeline.command import guarded
-from pipeline.run import ExitCode, run
+from pipeline.console import Console
+from pipeline.launch.place import place_of
+from pipeline.run import ExitCode, Stopping, run
+from pipeline.settings import LocalSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,10 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--version" in arguments:
         sys.stdout.write(f"{__version__}\n")
         return ExitCode.DONE
-    return guarded(
-        lambda console, stopping: run(config.load_config(arguments), console, stopping),
-        "what is committed stays; run the same command again to go on",
-    )
+    return guarded(lambda console, stopping: launch(arguments, console, stopping))
+
+
+def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> int:
+    """Run as the launcher says: here, in several processes of this machine, or by Slurm."""
+    settings = config.load_config(arguments, place_of(os.environ, time.time()))
+    if isinstance(settings.launcher, LocalSettings):
+        if settings.launcher.alone:
+            return run(settings, console, stopping)
+        from pipeline.launch.local import run_processes
+
+        return run_processes(settings, arguments, console, stopping)
+    from pipeline.submit import submit
+
+    return submit(arguments, console)
 
 
 def help_text() -> str:

@@ -11,6 +11,7 @@ from pipeline.console import Console
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.run import ExitCode, Stopping
 
+ON_AGAIN = "what is committed stays; run the same command again to go on"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -41,9 +42,11 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def guarded(body: Callable[[Console, Stopping], int], after_interrupt: str) -> int:
+def guarded(
+    body: Callable[[Console, Stopping], int], after_interrupt: str = ON_AGAIN, console: Console | None = None
+) -> int:
     """Run a command's body; its errors become one sentence and an exit code."""
-    console = Console()
+    console = console or Console()
     stopping = StopSignal()
     share_cores()
     try:

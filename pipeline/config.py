@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,10 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config_schema import GROUP_SCHEMAS, RootSchema, ShardSchema
 from pipeline.config_values import model_config_from, settings_from
 from pipeline.errors import ConfigError
-from pipeline.redaction import BLANK, redacted_url
+from pipeline.launch.place import ALONE, Place
+from pipeline.redaction import BLANK, redacted, redacted_url
 from pipeline.settings import ModelConfig, RunConfig
 
-FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind")
+FIXED_BY_CHOICE = ("quant.method", "data.kind", "task.kind", "launcher.kind")
 MAPS = ("task.labels", "task.chat_args", "sampling.columns", "data.storage_options", "output.storage_options")
 """Keys that can hold a map, which takes the place of the one before; Hydra by itself refuses or mixes them."""
 OPEN_MAPS = ("task.chat_args.", "data.storage_options.", "sampling.columns.", "output.storage_options.")
@@ -105,14 +106,14 @@ def _refuse_added_keys(config: DictConfig) -> None:
         raise ConfigError(_unknown_key(added[0]))
 
 
-def load_config(overrides: Sequence[str]) -> RunConfig:
+def load_config(overrides: Sequence[str], place: Place = ALONE) -> RunConfig:
     """From command-line overrides to a validated RunConfig; an empty command line is the demo.
 
     Raises ConfigError with one sentence.
     """
     config = compose_config(overrides or ["experiment=demo"])
     _require(config, [str(group) for group in config])
-    return settings_from(_values(config))
+    return settings_from(_values(config), place)
 
 
 def load_model_config(overrides: Sequence[str], required: Sequence[str]) -> ModelConfig:
@@ -134,6 +135,28 @@ def _values(config: DictConfig) -> dict[str, Any]:
     assert isinstance(values, dict)
     values.pop("experiment", None)
     return {str(key): value for key, value in values.items()}
+
+
+def credentials_in(overrides: Sequence[str]) -> list[str]:
+    """The keys of overrides that hold a credential themselves, not a reference to where it is kept (`${...}`)."""
+    parsed = OverridesParser.create().parse_overrides([o for o in overrides if "${" not in o])
+    return [
+        override.key_or_group
+        for override in parsed
+        if (values := _nested(override.key_or_group, override.value())) != redacted(values)
+    ]
+
+
+def _nested(key: str, value: Any) -> Any:
+    """A dotted key as maps in maps, texts without the parser's quotes."""
+    plain = OmegaConf.to_container(
+        OmegaConf.create({"value": str(value) if isinstance(value, QuotedString) else value})
+    )
+    assert isinstance(plain, dict)
+    inner = plain["value"]
+    for name in reversed(key.split(".")):
+        inner = {name: inner}
+    return inner
 
 
 def choices(group: str) -> list[str]:

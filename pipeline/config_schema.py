@@ -169,8 +169,44 @@ class OutputSchema:
 
 @dataclass
 class ShardSchema:
-    index: int = doc(0, "where this process starts, from 0")
-    count: int = doc(1, "processes that share the output")
+    index: int | None = doc(None, "where this process starts, from 0; if null what Slurm says, else 0")
+    count: int | None = doc(None, "processes that share the output; if null what Slurm says, else 1")
+    wait_s: float = doc(
+        0.0, "with nothing left to take, seconds to wait for chunks of others; those of the dead are taken"
+    )
+
+
+@dataclass
+class LauncherSchema:
+    kind: str = MISSING
+    gpus: Any = doc(None, "local: a number or all, one process for each; slurm: number for each task, 1 if null")
+    lock: bool = doc(False, "end with 75 while another run with launcher.lock works on the output (for schedules)")
+
+
+@dataclass
+class LauncherLocalSchema(LauncherSchema):
+    kind: str = "local"
+    processes: int | None = doc(None, "processes of this machine that share the work; one if null")
+    margin_s: float = doc(60.0, "seconds before the end of its Slurm job at which a process stops and saves")
+
+
+@dataclass
+class LauncherSlurmSchema(LauncherSchema):
+    kind: str = "slurm"
+    tasks: int = doc(1, "tasks of the array")
+    at_once: int | None = doc(None, "tasks that may run at the same time")
+    time: str | None = doc(None, "time limit of a task, as sbatch --time takes it; the partition's if null")
+    partition: str | None = doc(None, "partition of the tasks")
+    account: str | None = doc(None, "account that pays")
+    qos: str | None = doc(None, "quality of service")
+    cpus: int | None = doc(None, "cores of a task")
+    mem: str | None = doc(None, "memory of a task, as sbatch --mem takes it")
+    requeues: int = doc(20, "how often a task may be put back in the queue")
+    name: str = doc("pipeline", "name of the jobs")
+    logs: str | None = doc(None, "folder of the jobs' logs; slurm/ in the output folder if null")
+    options: list[str] = doc([], "further options of sbatch")
+    shared: bool = doc(False, "the compute nodes see the same files, although they look like this machine's own")
+    network: bool = doc(False, "the compute nodes can fetch the model themselves")
 
 
 @dataclass
@@ -182,6 +218,7 @@ class RootSchema:
     sampling: SamplingSchema = MISSING
     engine: EngineSchema = MISSING
     output: OutputSchema = MISSING
+    launcher: LauncherSchema = MISSING
     shard: ShardSchema = field(default_factory=ShardSchema)
     dry_run: bool = doc(False, "show the plan (files, rows, shapes, memory) without loading weights")
     max_error_rate: float = doc(1.0, "exit code 3 when a larger share of the rows are errors")
@@ -201,4 +238,5 @@ GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "sampling": {"base": SamplingSchema},
     "engine": {"base": EngineSchema},
     "output": {"base": OutputSchema},
+    "launcher": {"local": LauncherLocalSchema, "slurm": LauncherSlurmSchema},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ from pipeline.config_schema import COMPRESSIONS
 from pipeline.core import SamplingParams
 from pipeline.engine.plan import LEAST_SHARED, EngineSettings
 from pipeline.errors import ConfigError
+from pipeline.launch.place import Place
 from pipeline.quant.spec import KERNELS, QuantSettings
 from pipeline.redaction import redacted
 from pipeline.settings import (
     DataSettings,
+    LocalSettings,
     ModelConfig,
     ModelSettings,
     OutputSettings,
     RunConfig,
     SamplingSettings,
     ShardSettings,
+    SlurmSettings,
     TaskSettings,
 )
 
@@ -31,8 +34,9 @@ TOO_LONG = ("error", "truncate_left", "truncate_right")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def settings_from(values: Mapping[str, Any]) -> RunConfig:
+def settings_from(values: Mapping[str, Any], place: Place) -> RunConfig:
     """The whole run's settings; raises ConfigError with key, value and remedy on the first that is out of range."""
+    shard = _shard(values["shard"], place)
     return RunConfig(
         model=_model(values["model"]),
         quant=_quant(values["quant"]),
@@ -41,10 +45,12 @@ def settings_from(values: Mapping[str, Any]) -> RunConfig:
         sampling=_sampling(values["sampling"]),
         engine=_engine(values["engine"]),
         output=_output(values["output"]),
-        shard=_shard(values["shard"]),
+        shard=shard,
         dry_run=values["dry_run"],
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
-        resolved=redacted(values),
+        resolved=redacted({**values, "shard": asdict(shard)}),
+        launcher=_launcher(values["launcher"]),
+        place=place,
     )
 
 
@@ -257,13 +263,47 @@ def _output(values: Mapping[str, Any]) -> OutputSettings:
     )
 
 
-def _shard(values: Mapping[str, Any]) -> ShardSettings:
-    shard = ShardSettings(**values)
+def _shard(values: Mapping[str, Any], place: Place) -> ShardSettings:
+    """The shard asked for, else the place that Slurm gave this process."""
+    index, count = values["index"], values["count"]
+    if index is None:
+        index = place.shard_index if count is None else place.shard_index % max(1, count)
+    shard = ShardSettings(
+        index=index, count=place.shard_count if count is None else count, wait_s=_not_negative("shard.wait_s", values)
+    )
     if not 0 <= shard.index < shard.count:
         raise ConfigError(
             f"shard.index must be from 0 to shard.count - 1, got shard.index={shard.index} shard.count={shard.count}"
         )
     return shard
+
+
+def _launcher(values: Mapping[str, Any]) -> LocalSettings | SlurmSettings:
+    if values["kind"] == "local":
+        return _local(values)
+    for key in ("tasks", "at_once", "cpus"):
+        _positive(f"launcher.{key}", values[key])
+    _not_negative("launcher.requeues", values)
+    gpus = values["gpus"]
+    if gpus is not None and (type(gpus) is not int or gpus < 0):
+        raise ConfigError(f"launcher.gpus must be a number of GPUs for each task, or null, got {gpus}")
+    known = {key: value for key, value in values.items() if key not in ("kind", "options")}
+    return SlurmSettings(**known, options=tuple(values["options"]))
+
+
+def _local(values: Mapping[str, Any]) -> LocalSettings:
+    processes, gpus = values["processes"], values["gpus"]
+    _positive("launcher.processes", processes)
+    if gpus is not None and gpus != "all" and (type(gpus) is not int or gpus < 1):
+        raise ConfigError(f"launcher.gpus must be all, a number above 0 or null, got {gpus}")
+    if gpus is not None and processes is not None:
+        raise ConfigError(
+            f"launcher.gpus={gpus} starts a process for each GPU, and launcher.processes={processes} is set too; set "
+            "one of them to null"
+        )
+    return LocalSettings(
+        processes=processes, gpus=gpus, margin_s=_not_negative("launcher.margin_s", values), lock=values["lock"]
+    )
 
 
 def _names(key: str, values: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -278,6 +318,14 @@ def _names(key: str, values: Mapping[str, Any]) -> tuple[str, ...] | None:
 def _positive(key: str, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise ConfigError(f"{key} must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(key: str, values: Mapping[str, Any]) -> Any:
+    """The value of a dotted key in its group; None stays None."""
+    value = values[key.rpartition(".")[2]]
+    if value is not None and not 0 <= value < math.inf:
+        raise ConfigError(f"{key} must be 0 or more, got {value}")
     return value
 
 

@@ -202,7 +202,8 @@ class Job:
         """Keep the run's summary in run.json, and clear away what killed processes left."""
 
         def concluded(manifest: RunManifest) -> RunManifest:
-            self.output.sweep()  # while nobody else may write run.json
+            if not claims.others():  # whose files may be half-written, in chunks that this process need not know
+                self.output.sweep()  # while nobody else may write run.json
             return replace(manifest, summary=summary)
 
         self._take(manifests.update(self.output, claims, concluded))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ from pipeline.data.source import Chunk
 from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted
 from pipeline.job import Job
-from pipeline.output.claims import Claims
+from pipeline.launch.patience import Patience, wait_for_chunks
+from pipeline.launch.walltime import Walltime
+from pipeline.output.claims import SCHEDULE_CLAIM, Claims
 from pipeline.output.durable import failing_run
 from pipeline.output.sink import part_path
 from pipeline.output.store import PLAN_JSON, RESULTS
-from pipeline.settings import RunConfig
-from pipeline.stats import IntervalRecorder, RunStats, last_stats, with_identity, write_stats
+from pipeline.settings import LocalSettings, RunConfig
+from pipeline.stats import IntervalRecorder, RunStats, last_stats, stats_since, together, with_identity, write_stats
 
 if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
@@ -62,14 +64,42 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     if config.dry_run:
         return show_plan(job, console)
     with job.output.claims() as claims:
+        if not may_begin(job, claims, console):
+            return ExitCode.NOT_DONE
         if not job.is_answered():
             job.output.prepare()
-            answer_rows(job, claims, console, stopping, started)
+            answer_rows(job, claims, console, stopping, started, Patience(config.shard.wait_s))
         return finish(job, claims, console)
 
 
-def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, started: float) -> None:
-    """Take the device and answer all rows that can be claimed."""
+def work(config: RunConfig, console: Console, stopping: Stopping, patience: Patience) -> ExitCode:
+    """What one of several processes does: answer rows, and leave what is to be said of the whole to its parent.
+
+    Raises ConfigError, RunFailed or Interrupted; what is committed stays.
+    """
+    started = time.perf_counter()
+    job = Job(config)
+    with job.output.claims() as claims:
+        if not job.is_answered():
+            job.output.prepare()
+            answer_rows(job, claims, console, stopping, started, patience)
+    return ExitCode.DONE if job.is_answered() else ExitCode.NOT_DONE
+
+
+def may_begin(job: Job, claims: Claims, console: Console) -> bool:
+    """With launcher.lock, whether no other such run is at work on this output; then it is kept out from now on."""
+    if not (isinstance(job.config.launcher, LocalSettings) and job.config.launcher.lock):
+        return True
+    if claims.try_claim(SCHEDULE_CLAIM):
+        return True
+    console.note(f"{job.output.shown()}: another run with launcher.lock is at work on it; this one leaves it alone")
+    return False
+
+
+def answer_rows(
+    job: Job, claims: Claims, console: Console, stopping: Stopping, started: float, patience: Patience
+) -> None:
+    """Take the device and answer all rows that can be claimed, also after waiting for what others give up."""
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
 
@@ -89,7 +119,12 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
     if not job.chunks:
         sink.commit_empty()
     pending = job.pending()
-    if not pending:
+    walltime = _walltime(config)
+
+    def more() -> bool:
+        return wait_for_chunks(patience, lambda: len(job.pending()), claims.others, lambda: _check(stopping, walltime))
+
+    if not pending or not more():
         return
     write_plan(job, runtime)
     for line in (runtime.describe(), *job.notes()):
@@ -100,7 +135,7 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
             "quant.int8_threshold=0 makes rows independent"
         )
     stats = with_identity(
-        RunStats(),
+        RunStats(job=config.place.job or "", restarts=config.place.restarts),
         run_id=job.manifest.run_id,
         attempt=claims.attempt,
         resolved=runtime.resolved(),
@@ -108,12 +143,12 @@ def answer_rows(job: Job, claims: Claims, console: Console, stopping: Stopping, 
         versions=fingerprint.versions(),
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
-    engine = load_engine(job, runtime, tokenizer, prompts, console, stopping, stats)
+    engine = load_engine(job, runtime, tokenizer, prompts, console, lambda: stopping() or walltime.over, stats)
     try:
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
-            shift = Shift(job, claims, sink, engine, task, prompts, stats, recorder, progress, stopping)
-            while shift.work(job.pending()):
+            shift = Shift(job, claims, sink, engine, task, prompts, stats, recorder, progress, stopping, walltime)
+            while shift.work(job.pending()) or more():
                 pass
     finally:
         stats.finish(time.perf_counter() - started)
@@ -216,9 +251,13 @@ class Shift:
     recorder: IntervalRecorder
     progress: RowProgress
     stopping: Stopping
+    walltime: Walltime = field(default_factory=Walltime)
 
     def work(self, chunks: list[Chunk]) -> int:
-        """Answer all of the chunks that can be claimed; returns how many. Raises Interrupted on a signal."""
+        """Answer all of the chunks that can be claimed; returns how many.
+
+        Raises Interrupted on a signal, or when the time that is left is too short for another chunk.
+        """
         from pipeline.intake import Intake
         from pipeline.outlet import Outlet
 
@@ -226,17 +265,20 @@ class Shift:
         intake = Intake(self.job.source, self.job.files, chunks, self._claim, self._preparation())
         try:
             with intake:
-                return self._pump(intake, outlet)
+                done = self._pump(intake, outlet)
         finally:
             outlet.close()
+            self.walltime.pause()
+        if self.walltime.short and self.job.pending():
+            raise Interrupted("stopped because the Slurm job has too little time left for another chunk")
+        return done
 
     def _pump(self, intake: Intake, outlet: Outlet) -> int:
         """Keep the engine fed until nothing is left of it and of the intake."""
         chunks = 0
         first_ready = None
         while not intake.exhausted or self.engine.unfinished:
-            if self.stopping():
-                raise Interrupted("stopped by a signal")
+            _check(self.stopping, self.walltime)
             chunks += self._feed(intake, outlet)
             if chunks and first_ready is None:
                 first_ready = time.perf_counter()
@@ -261,6 +303,7 @@ class Shift:
             chunks += 1
             outlet.expect(prepared)
             self.progress.advance(len(prepared.failed), 0)
+            self.walltime.answer(len(prepared.failed))
             for request in prepared.requests:
                 self.engine.submit(request)
         return chunks
@@ -272,6 +315,7 @@ class Shift:
         answered = (sum(len(x.token_ids) for x in c.choices or (c,)) + c.target_tokens for c in completions)
         tokens = sum(c.prompt_tokens for c in completions) + sum(answered)
         self.progress.advance(len(completions), tokens)
+        self.walltime.answer(len(completions))
         return len(completions)
 
     def _preparation(self) -> Preparation:
@@ -282,13 +326,13 @@ class Shift:
         return Preparation(self.prompts, self.task, lambda request: unfit(request, plan), plan.max_len)
 
     def _claim(self, chunk: Chunk) -> bool:
-        """Take a chunk unless somebody has it or, since the listing, has committed it."""
-        if not self.claims.try_claim(chunk.id):
+        """Take a chunk unless somebody has it or, since the listing, has committed it, or time is too short."""
+        if self.walltime.short or not self.claims.try_claim(chunk.id):
             return False
         name = part_path(chunk.id)
         with failing_run(self.job.output.shown(name)):
             done = self.job.output.exists(name)
-        if done:
+        if done or not self.walltime.take(chunk.num_rows):
             self.claims.release(chunk.id)
             return False
         return True
@@ -303,8 +347,24 @@ class Shift:
         self.stats.target_tokens += counts.target_tokens
 
 
-def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
-    """Say what came out; the one who finds all rows done writes the summary."""
+def _walltime(config: RunConfig) -> Walltime:
+    launcher = config.launcher
+    return Walltime(config.place.ends_at, launcher.margin_s if isinstance(launcher, LocalSettings) else 0.0)
+
+
+def _check(stopping: Stopping, walltime: Walltime) -> None:
+    """Raise Interrupted when a signal asks for it, or when the end of the Slurm job is near."""
+    if stopping():
+        raise Interrupted("stopped by a signal")
+    if walltime.over:
+        raise Interrupted("stopped before the end of the Slurm job")
+
+
+def finish(job: Job, claims: Claims, console: Console, since: datetime | None = None) -> ExitCode:
+    """Say what came out; the one who finds all rows done writes the summary.
+
+    The speed is that of the last process, or of all that began after `since`.
+    """
     left = job.pending()
     if left:
         console.note(
@@ -317,7 +377,7 @@ def finish(job: Job, claims: Claims, console: Console) -> ExitCode:
     truth = (summary or {}).get("accuracy", {}).get("column")
     if summary is None or summary.get("chunks") != len(job.chunks) or truth != job.config.task.truth:
         summary = summarize(job, claims)
-    for line in summary_lines(job, summary):
+    for line in summary_lines(job, summary, since):
         console.result(line)
     if summary["error_rows"] > job.config.max_error_rate * max(1, summary["rows"]):
         console.note(
@@ -347,7 +407,7 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     return summary
 
 
-def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(job: Job, summary: Mapping[str, Any], since: datetime | None) -> list[str]:
     """What the end of a run prints."""
     lines = [
         f"results    {job.output.shown(RESULTS)} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
@@ -356,7 +416,7 @@ def summary_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
     if summary.get("commonest_error"):
         worst = summary["commonest_error"]
         lines.append(f"errors     most often, in {_count(worst['rows'], 'row')}: {worst['error']}")
-    lines += [f"{name:<10} {value}" for name, value in _speed(job)]
+    lines += [f"{name:<10} {value}" for name, value in _speed(job, since)]
     judged = summary.get("accuracy")
     if judged and judged["value"] is not None:
         lines.append(f"accuracy   {100 * judged['value']:.1f} % of {judged['rows']:,} rows (column {judged['column']})")
@@ -367,13 +427,16 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _speed(job: Job) -> Iterator[tuple[str, str]]:
-    """Rates of the last process that has left its stats; several may have worked at once."""
+def _speed(job: Job, since: datetime | None) -> Iterator[tuple[str, str]]:
+    """Rates of the last process that has left its stats, or of all since a time, which worked at once."""
     found = last_stats(job.output)
     if found is None:
         return
     name, last, processes = found
     whose = f", the last of {processes} processes" if processes > 1 else ""
+    beside = [] if since is None else stats_since(job.output, since)
+    if len(beside) > 1:
+        last, whose = together(beside), f", {len(beside)} processes together"
     kinds = {kind: last[f"{kind}_tokens"] for kind in ("prompt", "completion", "target")}
     tokens = " + ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count or kind != "target")
     yield (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.engine.plan import EngineSettings
+from pipeline.launch.place import ALONE, Place
 from pipeline.quant.spec import QuantSettings
 
 
@@ -114,10 +115,58 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSettings:
-    """Where this process starts among `count`; it claims other shards' chunks only when its own are done."""
+    """Where this process starts among `count`; it claims other shards' chunks only when its own are done.
+
+    `wait_s` is how long it then waits for chunks that others hold, to take over those of the dead.
+    """
 
     index: int = 0
     count: int = 1
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSettings:
+    """`launcher=local`: one process, or several of this machine; `gpus` is a number or all, one process for each.
+
+    `margin_s` is how long before the end of a Slurm job it stops, and `lock` keeps out other runs with `lock`.
+    """
+
+    processes: int | None = None
+    gpus: int | str | None = None
+    margin_s: float = 60.0
+    lock: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process does the work itself."""
+        return self.gpus is None and (self.processes or 1) == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmSettings:
+    """`launcher=slurm`: an array of tasks and a job that looks at what they did; None leaves a choice to Slurm.
+
+    `gpus` None is one, or none with `model.device=cpu`. `options` are further options of sbatch. `shared` and
+    `network` are what a user knows of the compute nodes and this machine cannot see.
+    """
+
+    tasks: int = 1
+    at_once: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus: int | None = None
+    cpus: int | None = None
+    mem: str | None = None
+    requeues: int = 20
+    name: str = "pipeline"
+    logs: str | None = None
+    lock: bool = False
+    options: tuple[str, ...] = ()
+    shared: bool = False
+    network: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +184,8 @@ class RunConfig:
     dry_run: bool
     max_error_rate: float
     resolved: Mapping[str, Any]
+    launcher: LocalSettings | SlurmSettings = LocalSettings()
+    place: Place = ALONE
 
     @property
     def on_request(self) -> tuple[str, ...]:

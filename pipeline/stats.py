@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from pipeline.output.store import Store
 
 INTERVAL_S = 1.0
+_NAME_TIME = "%Y%m%dT%H%M%S%f"
 
 
 @dataclass(slots=True, kw_only=True)
 class RunStats:
     """One process's work. Seconds are wall-clock; tokens are counted where the work was done.
+
+    `job` and `restarts` are Slurm's, where there is one.
 
     `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
     are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
@@ -37,6 +40,8 @@ class RunStats:
 
     run_id: str = ""
     attempt: str = ""
+    job: str = ""
+    restarts: int = 0
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -134,7 +139,7 @@ class IntervalRecorder:
 
 def write_stats(store: Store, stats: RunStats, intervals: list[Interval]) -> None:
     """Write run-<id>.parquet and intervals-<id>.parquet for this process; RunFailed when that fails."""
-    name = f"{stats.started_at:%Y%m%dT%H%M%S%f}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
+    name = f"{stats.started_at:{_NAME_TIME}}-{stats.attempt[:8] or uuid.uuid4().hex[:8]}"
     _write(store, f"{STATS}/run-{name}.parquet", [asdict(stats)], [asdict(stats)])
     empty = Interval(
         run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0,
@@ -146,15 +151,37 @@ def write_stats(store: Store, stats: RunStats, intervals: list[Interval]) -> Non
 
 def last_stats(store: Store) -> tuple[str, dict[str, Any], int] | None:
     """The file of the last process that has left its stats, what it says, and of how many processes there are stats."""
+    names = _run_files(store)
+    return (names[-1], _read(store, names[-1]), len(names)) if names else None
+
+
+def stats_since(store: Store, since: datetime) -> list[dict[str, Any]]:
+    """What the processes that began at or after a time have left, the first one first."""
+    first = f"{STATS}/run-{since:{_NAME_TIME}}"
+    return [_read(store, name) for name in _run_files(store) if name >= first]
+
+
+def _run_files(store: Store) -> list[str]:
+    names = [name for name in store.names(STATS) if name.startswith("run-") and name.endswith(".parquet")]
+    return [f"{STATS}/{name}" for name in sorted(names)]
+
+
+def _read(store: Store, name: str) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    names = sorted(name for name in store.names(STATS) if name.startswith("run-") and name.endswith(".parquet"))
-    if not names:
-        return None
-    name = f"{STATS}/{names[-1]}"
     with store.open(name) as file:
         values: dict[str, Any] = pq.read_table(file).to_pylist()[0]
-    return name, values, len(names)
+    return values
+
+
+def together(processes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows, tokens and rates of processes that worked at the same time, by the seconds of the longest."""
+    counted = ("rows", "prompt_tokens", "completion_tokens", "target_tokens")
+    total: dict[str, Any] = {key: sum(one[key] for one in processes) for key in counted}
+    total |= {key: max(one[key] for one in processes) for key in ("generate_s", "load_s")}
+    seconds = max(total["generate_s"], 1e-9)
+    tokens = sum(total[key] for key in counted[1:])
+    return total | {"rows_per_s": total["rows"] / seconds, "tokens_per_s": tokens / seconds}
 
 
 def _write(store: Store, name: str, rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> None:

@@ -125,6 +125,20 @@ def _refuse_adapter(path: str, folder: Path) -> None:
         raise ConfigError(f"model.path={path} is an adapter, no model; use model.path={base} model.adapter={path}")
 
 
+def is_here(path: str, revision: str | None = None) -> bool:
+    """Whether a model is a folder, or a hub id that has been downloaded; nothing is fetched."""
+    if Path(path).expanduser().is_dir() or not HUB_ID.fullmatch(path):
+        return True  # what is neither is refused, with the remedy, when it is opened
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot_download(path, revision=revision, allow_patterns=DOWNLOADED, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
 def from_hub(
     path: str, revision: str | None, key: str = "model.path", files: Sequence[str] = tuple(DOWNLOADED)
 ) -> Path:

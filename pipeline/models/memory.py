@@ -19,6 +19,7 @@ from pipeline.engine.plan import (
     plan_engine,
 )
 from pipeline.errors import ConfigError
+from pipeline.launch.place import ALONE, Place, device_index
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.inventory import list_items
 from pipeline.quant.spec import QuantSettings, QuantSpec
@@ -50,19 +51,23 @@ class MemoryPlan:
         return asdict(self)
 
 
-def resolve_device(settings: ModelSettings) -> torch.device:
-    """The device asked for, or CUDA where there is one; raises ConfigError if it is not there."""
+def resolve_device(settings: ModelSettings, place: Place = ALONE) -> torch.device:
+    """The device asked for, or CUDA where there is one, by turns; raises ConfigError if it is not there."""
     import torch
 
     wanted = settings.device
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        wanted = f"cuda:{device_index(place, torch.cuda.device_count())}"
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"model.device={wanted}, but this machine shows {torch.cuda.device_count()} CUDA devices; "
             "use model.device=cpu or auto"
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -91,11 +96,12 @@ def resolve_dtype(settings: ModelSettings, checkpoint: Checkpoint) -> torch.dtyp
     return dtype
 
 
-def memory_budget(settings: ModelSettings, device: torch.device) -> int:
-    """Bytes the run may take: `model.memory`, or a share of what is free now."""
+def memory_budget(settings: ModelSettings, device: torch.device, place: Place) -> int:
+    """Bytes the process may take: `model.memory`, or a share of what is free now."""
     if settings.memory_gib is not None:
         return int(settings.memory_gib * GIB)
-    return int(_free_bytes(device) * AUTO_SHARE)
+    processes = place.local_count if device.type == "cpu" else 1  # GPUs have one process each
+    return int(_free_bytes(device) * AUTO_SHARE / processes)
 
 
 def _free_bytes(device: torch.device) -> int:

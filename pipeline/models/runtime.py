@@ -150,7 +150,7 @@ def resolve_runtime(
 
     spec = resolve_spec(config.quant, checkpoint.quantization, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), config.model.trust_remote_code)
-    device = resolve_device(config.model)
+    device = resolve_device(config.model, config.place)
     dtype = resolve_dtype(config.model, checkpoint)
     if adapter is not None:
         check_adapter(adapter, transformers_config, dtype, config.model.trust_remote_code)
@@ -163,7 +163,7 @@ def resolve_runtime(
         spec=spec,
         dtype=dtype,
         device_type=device.type,
-        budget=memory_budget(config.model, device),
+        budget=memory_budget(config.model, device, config.place),
         dense_product=quant is not None and quant.kernel.linear is None,
         adapter_bytes=0 if adapter is None else adapter.num_bytes(dtype.itemsize),
     )

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 RUN_CLAIM = "run"
-"""The id of the claim under which run.json is changed; every other id is a chunk's."""
+"""The id of the claim under which run.json is changed."""
+SCHEDULE_CLAIM = "schedule"
+"""The id of the claim that keeps scheduled runs from overlapping; every other id is a chunk's."""
+NO_CHUNKS = (RUN_CLAIM, SCHEDULE_CLAIM)
 SUFFIX = ".json"
 TICKET_SUFFIX = ".ticket"
 """Of the name that stands for the right to evict one stale claim."""

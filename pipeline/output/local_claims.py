@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.output.claims import RUN_CLAIM, SUFFIX, TICKET_SUFFIX, Claims
+from pipeline.output.claims import NO_CHUNKS, SUFFIX, TICKET_SUFFIX, Claims
 from pipeline.output.durable import discard, failing_run, make_folder, publish, take_name
 from pipeline.output.owner import Owner
 
@@ -48,7 +48,7 @@ class LocalClaims(Claims):
     def others(self) -> int:
         """How many chunks other processes hold at this moment."""
         with failing_run(self._folder), self._note("count") as (_, now_ns):
-            records = [_read(path) for path in self._folder.glob(f"[!.]*{SUFFIX}") if path.stem != RUN_CLAIM]
+            records = [_read(path) for path in self._folder.glob(f"[!.]*{SUFFIX}") if path.stem not in NO_CHUNKS]
             return sum(self._is_others(record, now_ns) for record in records if record)
 
     def _is_others(self, record: _Record, now_ns: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pipeline.output.claims import RUN_CLAIM, SUFFIX, TICKET_SUFFIX, Claims
+from pipeline.output.claims import NO_CHUNKS, SUFFIX, TICKET_SUFFIX, Claims
 from pipeline.output.durable import failing_run
 from pipeline.output.owner import Owner
 from pipeline.output.store import CLAIMS
@@ -47,7 +47,7 @@ class RemoteClaims(Claims):
         """How many chunks other processes hold at this moment."""
         with failing_run(self._shown()):
             ids = [name.removesuffix(SUFFIX) for name in self._store.names(CLAIMS) if _is_claim(name)]
-            records = [self._read(claim_id) for claim_id in ids if claim_id != RUN_CLAIM]
+            records = [self._read(claim_id) for claim_id in ids if claim_id not in NO_CHUNKS]
             return sum(not self._is_own(record) and not self._is_stale(record) for record in records if record)
 
     def _shown(self, claim_id: str | None = None) -> str:

@@ -1,0 +1,16 @@
+#!/bin/bash
+# What a schedule runs: answers the rows that are new since the last time, and prints one line about it.
+#
+#   jobs/nightly.sh model=llama7b quant=bnb data.path=inbox output.dir=labelled ...
+#
+# From cron (nightly.crontab), systemd (nightly.service and nightly.timer) or Slurm (nightly.scron). Ends with the
+# pipeline's exit code; 75 also means that the run of an earlier date is still at work, which is left alone.
+set -u
+python=${PIPELINE_PYTHON:-python}
+log=${PIPELINE_LOG:-/dev/stderr}
+begun=$(date +%s)
+
+"$python" -m pipeline launcher.lock=true "$@" >>"$log" 2>&1
+code=$?
+"$python" -m pipeline.status --since "$begun" "$@" 2>&1 | sed "s/^/nightly (exit code $code): /"
+exit "$code"
