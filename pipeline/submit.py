@@ -1,10 +1,12 @@
 """`python -m pipeline.submit [overrides] --tasks N [--time T] ... [--dry-run]`: the same run, by Slurm.
 
-`--key value` is short for `launcher.key=value`, with `launcher=slurm`; `--dry-run` prints the script that would be run.
+`--key value` is short for `launcher.key=value`, with `launcher=slurm`; further options of sbatch are given together,
+as in `--options "--exclude=n1 --nice=10"`. `--dry-run` prints the script that would be run.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -48,11 +50,22 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
         elif name == "dry-run":
             overrides.append("dry_run=true")
         elif equals or (value := next(rest, "")):
-            text = value.replace("\\", "\\\\").replace("'", "\\'")
-            overrides.append(f"launcher.{name.replace('-', '_')}='{text}'")
+            overrides.append(f"launcher.{name.replace('-', '_')}={_quoted(name, value)}")
         else:
             raise ConfigError(f"{argument} has no value; options are written --time 4:00:00")
     return overrides
+
+
+def _quoted(name: str, value: str) -> str:
+    """A value as Hydra takes it: numbers as they are, several options as a list, all else as a text."""
+    if name == "options":
+        return f"[{','.join(map(_text, shlex.split(value)))}]"
+    return value if value.isdecimal() else _text(value)
+
+
+def _text(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def submit(overrides: Sequence[str], console: Console) -> ExitCode:

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from pipeline.console import Console, RowProgress
@@ -133,10 +134,14 @@ class Crew:
         """Start the workers and hear them to their end; returns their exit codes. A signal is passed on."""
         done_before = job.num_rows - sum(chunk.num_rows for chunk in job.pending())
         with ExitStack() as stack:
+            stack.callback(self._end)
             for start in self._starts:
                 self._start(start)
-            stack.callback(self._end)
-            progress = stack.enter_context(self._console.rows(job.num_rows, done_before))
+
+            @cache
+            def progress() -> RowProgress:  # from the first rows on, when the models are loaded
+                return stack.enter_context(self._console.rows(job.num_rows, done_before))
+
             while any(worker.code is None for worker in self._workers):
                 if stopping() and not self._stopped:
                     self._stopped = True
@@ -159,7 +164,7 @@ class Crew:
         worker.process.wait()  # first really ended, so that its claims are seen to be free
         self._said.put((worker, None))
 
-    def _hear(self, progress: RowProgress) -> None:
+    def _hear(self, progress: Callable[[], RowProgress]) -> None:
         """Take in one thing that a worker says, if any does."""
         try:
             worker, line = self._said.get(timeout=LOOK_EVERY_S)
@@ -170,7 +175,7 @@ class Crew:
             return
         told: dict[str, Any] = json.loads(line)
         if "rows" in told:
-            progress.advance(told["rows"], told["tokens"])
+            progress().advance(told["rows"], told["tokens"])
         elif "note" in told:
             self._note(told["note"])
         else:
