@@ -21,6 +21,7 @@ NEEDS_TORCH = (
     "pipeline.engine.graphs",
     "pipeline.engine.kv_cache",
     "pipeline.engine.packing",
+    "pipeline.engine.prefix",
     "pipeline.engine.sampler",
     "pipeline.engine.seat",
     "pipeline.engine.slots",
