@@ -200,6 +200,25 @@ def test_the_clock_is_asked_again_when_it_is_old(s3_only: Place, monkeypatch: py
         assert not claims.try_claim(CHUNK), "an hour ago by the first answer of the clock, just now by the second"
 
 
+def test_who_comes_between_the_steps_of_a_takeover_does_not_take_it_too(s3: S3Server, s3_only: Place) -> None:
+    with s3.failing(None), s3_only.store().claims() as one, s3_only.store().claims() as two:
+        s3_only.put(NAME, ELSEWHERE.to_json())
+        s3_only.age(NAME, 70)
+        other: list[bool] = []
+
+        def come_between(request: Request) -> Sequence[bytes]:
+            takes_over = request.method == "PUT" and request.path.endswith(NAME)
+            if takes_over and "HTTP_IF_NONE_MATCH" not in request.environ:
+                s3.fault = None
+                other.append(two.try_claim(CHUNK))
+            return request.carry_out()
+
+        s3.fault = come_between
+        assert one.try_claim(CHUNK)
+        assert other == [False]
+        assert (one.confirm(CHUNK), two.confirm(CHUNK)) == (True, False)
+
+
 def test_a_cut_short_eviction_blocks_for_a_lease_only(s3_only: Place) -> None:
     with s3_only.store().claims(60) as claims:
         s3_only.put(NAME, ELSEWHERE.to_json())
