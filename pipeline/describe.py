@@ -68,6 +68,8 @@ def _facts(description: Description) -> Iterator[tuple[str, str]]:
     yield "format", description.format
     if description.runs_as not in (None, description.format):
         yield "runs as", str(description.runs_as)
+    if description.adapter is not None:
+        yield "adapter", description.adapter
     shape = description.architecture
     sizes = [f"{shape[key]:,} {word}" for key, word in SIZES.items() if key in shape]
     yield "architecture", ", ".join([f"{shape['model_type']} ({shape['class']})", *sizes])

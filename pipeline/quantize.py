@@ -56,6 +56,11 @@ def quantize(overrides: Sequence[str], console: Console, stopping: Stopping) -> 
     """Write the quantized checkpoint; raises ConfigError, RunFailed or Interrupted, which leave nothing behind."""
     asked = config.load_model_config(overrides, ["model", "quant", "output"])
     assert asked.output is not None  # it is required
+    if asked.model.adapter is not None:
+        raise ConfigError(
+            f"model.adapter={asked.model.adapter} is never merged into weights; quantize without it, and name it again "
+            "when the quantized checkpoint runs"
+        )
     checkpoint = open_checkpoint(asked.model.path, asked.model.revision)
     spec = _spec(asked.quant, checkpoint)
     tokenizer = tokenizer_folder(checkpoint, asked.model)

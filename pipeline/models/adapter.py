@@ -17,6 +17,7 @@ from typing import NoReturn
 from pipeline.errors import ConfigError
 from pipeline.models.adapter_config import CONFIG, AdapterConfig, read_config
 from pipeline.models.checkpoint import FLOAT_DTYPES, HASHED_FILES, Checkpoint, TensorInfo, from_hub, read_header
+from pipeline.models.small_files import tokenizer_file
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -24,7 +25,6 @@ PREFIX = "base_model.model."
 UNUSED = ".original_module."
 """In the names of the base's own tensors that lie beside those which take their place."""
 DOWNLOADED = [CONFIG, WEIGHTS, *HASHED_FILES]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 RANK_MULTIPLE = 16
 """Ranks are padded with zeros to a multiple of this, so that BLAS treats a product alike for any number of rows."""
 LEAVES = {
@@ -125,8 +125,8 @@ class Adapter:
     @property
     def tokenizer(self) -> Checkpoint | None:
         """The folder as a tokenizer's, None if it brings none."""
-        has_one = any((self.folder / name).is_file() for name in TOKENIZER_FILES)
-        return Checkpoint(name=self.name, folder=self.folder, config={}) if has_one else None
+        found = tokenizer_file(self.folder)
+        return None if found is None else Checkpoint(name=self.name, folder=self.folder, config={})
 
     def identity(self) -> dict[str, str]:
         """Hashes of its two files."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.engine.plan import ModelGeometry
 from pipeline.errors import ConfigError
+from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.inventory import Item, Kind, group_by_kind, list_items
 from pipeline.models.memory import ITEMSIZES, capability_of, dtype_name, resolve_device, resolve_dtype, weight_bytes
@@ -53,7 +55,7 @@ class Description:
     """A checkpoint and what a run would make of it; None is what could not be found out, for the `problem`.
 
     `format` is what the checkpoint is, `runs_as` what it would be loaded as. `problem` is the sentence with which a
-    run would refuse it.
+    run would refuse it. `adapter` is what `model.adapter` puts on top.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Description:
     disk_bytes: int
     place: Place | None
     modules: tuple[Kind, ...]
+    adapter: str | None
     problem: str | None
 
 
@@ -96,12 +99,15 @@ def describe_checkpoint(config: ModelConfig) -> Description:
     spec = as_stored and (attempts.at(lambda: _asked(config, checkpoint)) or as_stored)
     items = _items(checkpoint, config.model, spec, attempts)
     geometry = attempts.at(lambda: _geometry(checkpoint, config.model)) if spec else None
+    adapter = attempts.at(lambda: _adapter(config.model))
+    if adapter and geometry:
+        attempts.at(lambda: _check_adapter(adapter, checkpoint, config.model))
     place = (
-        attempts.at(lambda: _place(checkpoint, config, spec, geometry, attempts))
+        attempts.at(lambda: _place(checkpoint, config, spec, geometry, adapter, attempts))
         if spec and geometry and items
         else None
     )
-    tokenizer = attempts.at(lambda: tokenizer_folder(checkpoint, config.model))
+    tokenizer = attempts.at(lambda: _tokenizer_folder(checkpoint, config.model, adapter))
     return Description(
         model=checkpoint.name,
         folder=str(checkpoint.folder),
@@ -117,6 +123,7 @@ def describe_checkpoint(config: ModelConfig) -> Description:
         disk_bytes=sum(item.disk_bytes for item in items),
         place=place,
         modules=tuple(group_by_kind(items)),
+        adapter=f"{adapter.name}: {adapter.describe()}" if adapter else None,
         problem=attempts.problems[0] if attempts.problems else None,
     )
 
@@ -132,6 +139,27 @@ def _items(checkpoint: Checkpoint, settings: ModelSettings, spec: QuantSpec | No
     return found or attempts.at(lambda: list_items(checkpoint, Unquantized(), itemsize)) or []
 
 
+def _adapter(settings: ModelSettings) -> Adapter | None:
+    """The adapter asked for, its tensors' headers read."""
+    adapter = None if settings.adapter is None else open_adapter(settings.adapter, settings.adapter_revision)
+    if adapter is not None:
+        adapter.describe()
+    return adapter
+
+
+def _check_adapter(adapter: Adapter, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+    from pipeline.models.architecture import load_config
+    from pipeline.models.loader import check_adapter
+
+    config = load_config(checkpoint.name, str(checkpoint.folder), settings.trust_remote_code)
+    check_adapter(adapter, config, resolve_dtype(settings, checkpoint), settings.trust_remote_code)
+
+
+def _tokenizer_folder(checkpoint: Checkpoint, settings: ModelSettings, adapter: Adapter | None) -> Path:
+    own = None if adapter is None or settings.tokenizer is not None else adapter.tokenizer
+    return tokenizer_folder(checkpoint, settings) if own is None else own.folder
+
+
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {"model_type": config.get("model_type"), "class": (config.get("architectures") or [None])[0]}
     return found | {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
@@ -144,7 +172,12 @@ def _geometry(checkpoint: Checkpoint, settings: ModelSettings) -> ModelGeometry:
 
 
 def _place(
-    checkpoint: Checkpoint, config: ModelConfig, spec: QuantSpec, geometry: ModelGeometry, attempts: Attempts
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    spec: QuantSpec,
+    geometry: ModelGeometry,
+    adapter: Adapter | None,
+    attempts: Attempts,
 ) -> Place:
     from pipeline.kernels.registry import reasons_against
     from pipeline.quant.format import format_of, kernels_of, needs_of
@@ -158,7 +191,8 @@ def _place(
     return Place(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        resident_bytes=weight_bytes(checkpoint, spec, dtype, device.type)[0],
+        resident_bytes=weight_bytes(checkpoint, spec, dtype, device.type)[0]
+        + (0 if adapter is None else adapter.num_bytes(dtype.itemsize)),
         dequantized_bytes=sum(item.values for item in list_items(checkpoint, spec, 0)) * dtype.itemsize,
         kv_bytes_per_token=geometry.kv_bytes_per_token(dtype.itemsize),
         kernel=asked.kernel.name if asked else None if quant else "torch",

@@ -73,8 +73,16 @@ def wide_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter"), tensors, r=20)
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "quant"),
+    [
+        (torch.bfloat16, "none"),
+        (torch.float32, "nf4"),
+        pytest.param(torch.float32, "none", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "nf4", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_order_and_neighbours(
     dtype: torch.dtype,
     quant: str,

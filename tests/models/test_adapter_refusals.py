@@ -252,6 +252,8 @@ def test_description(folder: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_of_its_own(folder: Path) -> None:
     assert open_adapter(str(folder)).tokenizer is None
     (folder / "tokenizer_config.json").write_text("{}")
+    assert open_adapter(str(folder)).tokenizer is None, "there is no tokenizer that this would configure"
+    (folder / "tokenizer.json").write_text("{}")
     own = open_adapter(str(folder)).tokenizer
     assert own is not None and own.folder == folder
     assert isinstance(open_adapter(str(folder)), Adapter)

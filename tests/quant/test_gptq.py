@@ -309,11 +309,11 @@ def adapted(made: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> 
     return make_adapters(cases, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize("case", ADAPTED)
+@pytest.mark.parametrize(("case", "method"), [*((case, "gptq") for case in ADAPTED), ("4-asym-act", "bitblas")])
 def test_under_an_adapter_logits_are_those_of_peft_on_the_dequantized_model(
-    case: str, adapted: dict[str, Adapted], made: dict[str, Made], load_decoder: Callable[..., Any]
+    case: str, method: str, adapted: dict[str, Adapted], made: dict[str, Made], load_decoder: Callable[..., Any]
 ) -> None:
-    decoder = load_decoder(made[case].folder, torch.float32, "auto", adapter=adapted[case].folder)
+    decoder = load_decoder(made[case].folder, torch.float32, "auto", adapter=adapted[case].folder, method=method)
     assert len(list(decoder.quant_linears())) >= 8
     for n, prompt in enumerate(adapted[case].case.prompts):
         assert furthest(pass_logits(decoder, prompt), adapted[case].logits(n)) < 2e-4

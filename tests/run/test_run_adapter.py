@@ -11,9 +11,15 @@ import pytest
 from adapters import WEIGHTS, Case, Made, lora, low_rank, make_adapters, write_adapter
 from harness import TINY, TOKENIZER_FILES, Ended, disk_state, rows, run_here, run_json, stats, write
 
+from pipeline.describe import main as describe
+from pipeline.quantize import main as quantize
+
 MAX_NEW = 14
 LIMIT = 12
 END = 1
+HIDDEN, INNER, KEYS = 256, 704, 128
+ADAPTER_BYTES = 4 * 4 * 16 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + KEYS) + 3 * (HIDDEN + INNER))
+"""Of every Linear of the shipped model: four layers, four bytes, rank 8 padded to 16."""
 DORA = {"rank_pattern": {"q_proj": 3}, "use_rslora": True, "use_dora": True}
 
 
@@ -125,9 +131,7 @@ def test_the_plan_counts_its_bytes(made: dict[str, Made], data: Path, tmp_path: 
         for adapter in (None, made["every linear"].folder)
     ]
     weights = [plan["memory_bytes"]["weights"] for plan in plans]
-    hidden, inner, keys = 256, 704, 128
-    per_layer = 2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + inner)
-    assert weights[1] - weights[0] == 4 * 4 * 16 * per_layer, "four layers, four bytes, rank 8 padded to 16"
+    assert weights[1] - weights[0] == ADAPTER_BYTES
     assert plans[1]["memory_bytes"]["passes"] > plans[0]["memory_bytes"]["passes"]
 
 
@@ -215,6 +219,34 @@ def test_its_end_token_ends_answers_too(
         shortened += place is not None
         assert row["completion_tokens"] == len(tokens[:place])
     assert shortened > 0
+
+
+# --- the other commands ---------------------------------------------------------------------------------------
+
+
+def test_describe_says_what_it_is_and_whether_it_fits(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert describe([f"model.adapter={with_tokenizer}"]) == 0
+    said = capsys.readouterr().out
+    assert f"adapter       {with_tokenizer}: LoRA of rank 8 on 28 modules" in said
+    in_memory = [
+        json.loads((describe(["--json", *more]), capsys.readouterr().out)[1])["place"]["resident_bytes"]
+        for more in ([], [f"model.adapter={with_tokenizer}"])
+    ]
+    assert in_memory[1] - in_memory[0] == ADAPTER_BYTES
+    foreign = write_adapter(tmp_path / "foreign", low_rank("model.layers.9.self_attn.q_proj", 256, 256))
+    assert describe([f"model.adapter={foreign}"]) == 2
+    assert f"{foreign / WEIGHTS}: tensor" in capsys.readouterr().err
+    assert describe(["model.adapter=gone/away"]) == 2
+    assert "model.adapter=gone/away" in capsys.readouterr().err
+
+
+def test_quantize_refuses_one(made: dict[str, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = made["every linear"].folder
+    assert quantize([f"model.adapter={adapter}", "quant=bnb", f"output.dir={tmp_path / 'out'}"]) == 2
+    assert f"model.adapter={adapter} is never merged into weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
