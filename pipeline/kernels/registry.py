@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels import bitblas_package, bnb
+from pipeline.kernels import bitblas_package, bnb, triton_bitblas, triton_gptq, triton_launch
 from pipeline.kernels.bitblas_operators import OperatorStore, default_folder
 from pipeline.kernels.bitblas_package import BitblasPackage
 from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference
@@ -41,7 +41,7 @@ class Kernel(Generic[Weight]):
     `can_run` answers with the reason why not, or None. `dequantize` gives the weight [N, K] in a dtype, for a
     dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs.
     `prepare` is called with the needs and the device before weights are loaded, where there is something to
-    compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for.
+    compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for, or None.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Kernel(Generic[Weight]):
     dequantize: Callable[[Weight, torch.dtype], Tensor]
     linear: Callable[[Tensor, Weight, Tensor | None], Tensor] | None = None
     prepare: Callable[[Sequence[Need], torch.device, Progress], None] | None = None
-    passed_over: Callable[[Need], str] | None = None
+    passed_over: Callable[[Need], str | None] | None = None
 
 
 def _anywhere(need: Need) -> str | None:
@@ -67,6 +67,12 @@ BNB_8BIT: Mapping[str, Kernel[Int8Weight]] = {
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_8bit, linear=linear_8bit_reference),
 }
 GPTQ: Mapping[str, Kernel[GptqWeight]] = {
+    "triton": Kernel(
+        name="triton",
+        can_run=triton_gptq.can_run,
+        passed_over=triton_launch.passed_over,
+        dequantize=triton_gptq.dequantize,
+    ),
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_gptq_reference),
 }
 
@@ -85,9 +91,21 @@ def _bitblas_package(folder: Path) -> Kernel[BitblasWeight]:
 
 BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
     "bitblas": _bitblas_package(default_folder()),
+    "triton": Kernel(
+        name="triton",
+        can_run=triton_bitblas.can_run,
+        passed_over=triton_launch.passed_over,
+        dequantize=triton_bitblas.dequantize,
+    ),
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_bitblas_reference),
 }
 """Of each format the fastest first: `auto` takes the first that can run."""
+
+GPTQ_FUSED: Kernel[GptqWeight] = replace(
+    GPTQ["triton"], can_run=triton_gptq.can_run_linear, linear=triton_gptq.linear
+)
+BITBLAS_FUSED: Kernel[BitblasWeight] = replace(BITBLAS["triton"], linear=triton_bitblas.linear)
+"""With products of their own, which pay where few rows share a pass; nothing chooses them yet."""
 
 
 def bitblas_kernels(tuning_cache: Path | None) -> Mapping[str, Kernel[BitblasWeight]]:
@@ -113,7 +131,7 @@ def choose(kernels: Mapping[str, Kernel[Weight]], wanted: str, needs: Sequence[N
 def reasons_against(kernels: Mapping[str, Kernel[Weight]], needs: Sequence[Need]) -> dict[str, str | None]:
     """For each kernel why `auto` does not take it, or None."""
     return {
-        name: kernel.passed_over(needs[0]) if kernel.passed_over else obstacle(kernel, needs)
+        name: (kernel.passed_over(needs[0]) if kernel.passed_over else None) or obstacle(kernel, needs)
         for name, kernel in kernels.items()
     }
 

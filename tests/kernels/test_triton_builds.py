@@ -1,0 +1,75 @@
+"""Every Triton kernel compiled for the GPUs it is meant for, without one: that it compiles, and to what."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import MachineCode, bitblas_weight, compiled_dequantize, compiled_linear, gptq_weight
+from triton_process import TritonProcess
+
+from pipeline.kernels.packed_bitblas import BitblasWeight
+from pipeline.kernels.packed_gptq import GptqWeight
+
+CAPABILITIES = pytest.mark.parametrize("capability", [80, 90])
+SHARED_BYTES = 99 << 10
+"""What a program may ask for on the GPUs that have the least, those of compute capability 8.6 and 8.9."""
+ROUNDING = {torch.float16: "cvt.rn.f16", torch.bfloat16: "cvt.rn.bf16", torch.float32: ""}
+TENSOR_CORE = {torch.float16: "m16n8k16.row.col.f32.f16", torch.bfloat16: "m16n8k16.row.col.f32.bf16"}
+
+Packed = GptqWeight | BitblasWeight
+
+
+def check_dequantize(code: MachineCode, dtype: torch.dtype) -> None:
+    """It fits the GPU, keeps everything in registers, and rounds where the format does and nowhere else."""
+    assert code.cubin_bytes > 0
+    assert code.stack_bytes == 0, "spilled registers"
+    assert code.shared_bytes <= SHARED_BYTES
+    assert "fma.rn.f32" not in code.ptx
+    assert ROUNDING[dtype] in code.ptx
+
+
+def check_linear(code: MachineCode, dtype: torch.dtype) -> None:
+    """It fits the GPU, loads ahead, keeps everything in registers, and uses one tensor core instruction throughout."""
+    assert code.cubin_bytes > 0
+    assert code.stack_bytes == 0, "spilled registers"
+    assert code.shared_bytes <= SHARED_BYTES
+    assert "cp.async" in code.ptx
+    assert "wgmma" not in code.ptx
+    if dtype in TENSOR_CORE:
+        products = [line for line in code.ptx.splitlines() if "mma.sync" in line]
+        assert products
+        assert all(TENSOR_CORE[dtype] in line for line in products)
+    else:
+        assert "tf32" not in code.ptx
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight", [gptq_weight(4, 128), bitblas_weight(4, 128, "rescale")], ids=["gptq", "bitblas"])
+def test_four_bits(compiler: TritonProcess, weight: Packed, dtype: torch.dtype, capability: int) -> None:
+    check_dequantize(compiler(compiled_dequantize, weight, dtype, capability), dtype)
+    check_linear(compiler(compiled_linear, weight, 16, dtype, capability), dtype)
+
+
+GPTQ_KINDS = [
+    (bits, *kind) for bits, kind in product((2, 3, 4, 8), ((32, False), (256, False), (4096, False), (128, True)))
+]
+BITBLAS_KINDS: list[Any] = list(product((2, 4, 8), (32, 4096), ("none", "original", "rescale")))
+
+
+@pytest.mark.slow
+@CAPABILITIES
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize(
+    "weight",
+    [gptq_weight(*kind) for kind in GPTQ_KINDS] + [bitblas_weight(*kind, act_order=True) for kind in BITBLAS_KINDS],
+    ids=[f"gptq-{kind}" for kind in GPTQ_KINDS] + [f"bitblas-{kind}" for kind in BITBLAS_KINDS],
+)
+def test_all_variants(compiler: TritonProcess, weight: Packed, dtype: torch.dtype, capability: int) -> None:
+    check_dequantize(compiler(compiled_dequantize, weight, dtype, capability), dtype)
+    if weight.bits != 3:
+        for rows in (16, 40):
+            check_linear(compiler(compiled_linear, weight, rows, dtype, capability), dtype)
