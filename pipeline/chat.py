@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -25,6 +26,8 @@ CASES = {"lower", "upper", "title", "capitalize", "casefold", "swapcase"}
 """Filters and methods behind which a template may find a text that the message has in other letters."""
 DATE = "strftime_now"
 """What templates call for the present moment."""
+DIRECTIVES = ("-d", "-m", "-H", "-I", *"aAbBcdHIjmMpSUwWxXyYzZ")
+"""What a template may ask of it, each behind a percent sign."""
 
 
 class ChatFrame:
@@ -43,7 +46,9 @@ class ChatFrame:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         template = tokenizer.template_for(arguments)
         self.is_dated = template is not None and DATE in template
-        self._arguments = {DATE: (now or datetime.now(UTC)).strftime, **arguments} if self.is_dated else arguments
+        if template is not None and self.is_dated:
+            arguments = {**arguments, "chat_template": at_moment(template, now or datetime.now(UTC))}
+        self._arguments = arguments
         try:
             rendered = [self._render(probe) for probe in PROBES]
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
@@ -97,8 +102,6 @@ class ChatFrame:
 
 def read_messages(value: Any) -> list[dict[str, str]]:
     """A row's messages: a list of role and content, or such a list as JSON text; ValueError for anything else."""
-    import json
-
     if isinstance(value, str):
         value = json.loads(value)
     if not isinstance(value, list) or not value:
@@ -112,6 +115,12 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     return messages
 
 
+def at_moment(template: str, now: datetime) -> str:
+    """A template that takes `now` for the present moment, through a macro of the function's name in front of it."""
+    shown = [f"replace({json.dumps('%' + d)}, {json.dumps(now.strftime('%' + d))})" for d in DIRECTIVES]
+    return f"{{% macro {DATE}(form) %}}{{{{ {' | '.join(['form', *shown])} }}}}{{% endmacro %}}\n{template}"
+
+
 def is_one_message(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a conversation is what a prompt makes: one message, of the user."""
     return len(messages) == 1 and messages[0]["role"] == "user"
@@ -121,7 +130,7 @@ def sought_texts(template: str | None) -> frozenset[str] | None:
     """The texts that a chat template may look for in a message; None if it cannot be told.
 
     All texts that it compares with or gives to methods, filters, tests and macros, itself or by a name,
-    but for those that roles are compared with.
+    but for those that roles are compared with, and blanks to be stripped, which the probes begin and end with.
     """
     tree = None if template is None else _parsed(template)
     if tree is None:
@@ -130,11 +139,12 @@ def sought_texts(template: str | None) -> frozenset[str] | None:
     for comparison in tree.find_all(nodes.Compare):
         if any(map(_is_role, [comparison.expr, *(operand.expr for operand in comparison.ops)])):
             spared += comparison.find_all(nodes.Const)
+    spared += [argument for call in tree.find_all(nodes.Call) if _is_strip(call) for argument in call.args]
     excepted = {id(node) for node in spared}
-    found = [
-        constant for node in _looking(tree) for constant in _all(node, nodes.Const) if id(constant) not in excepted
-    ]
-    return frozenset(c.value for c in found if isinstance(c.value, str) and c.value)
+    looking = _looking(tree)
+    found = [c.value for node in looking for c in _all(node, nodes.Const) if id(c) not in excepted]
+    found += [text.data for node in looking for text in _all(node, nodes.TemplateData)]
+    return frozenset(text for text in found if isinstance(text, str) and text)
 
 
 def changes_case(template: str) -> bool:
@@ -195,6 +205,11 @@ def _is_role(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Getitem):
         return isinstance(node.arg, nodes.Const) and node.arg.value in CONVERSATION_KEYS
     return getattr(node, "attr", getattr(node, "name", None)) in CONVERSATION_KEYS
+
+
+def _is_strip(call: nodes.Call) -> bool:
+    strips = getattr(call.node, "attr", None) in ("strip", "lstrip", "rstrip")
+    return strips and all(isinstance(a, nodes.Const) and not str(a.value).strip(" \n") for a in call.args)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,81 @@ SEEKING = {
 def test_what_a_template_looks_for(name: str, texts: set[str] | None) -> None:
     found = sought_texts(TEMPLATES[name])
     assert (None if found is None else set(found)) == texts
-    assert sought_texts({"default": CHATML}) is None
+    assert sought_texts(None) is None
+
+
+LOOKING = (
+    "{% set word = 'json' %}{% if word in messages[0].content %}!{% endif %}{{ messages[0].content }}",
+    "{% set a = 'json' %}{% set b = a %}{% if messages[0].content.startswith(b) %}!{% endif %}"
+    "{{ messages[0].content }}",
+    "{% set ns = namespace(word='') %}{% set ns.word = 'json' %}{% if ns.word in messages[0].content %}!{% endif %}"
+    "{{ messages[0].content }}",
+    "{% for word in ['yaml', 'json'] %}{% if word in messages[0].content %}!{% endif %}{% endfor %}"
+    "{{ messages[0].content }}",
+    "{% with word = 'json' %}{% if word in messages[0].content %}!{% endif %}{% endwith %}{{ messages[0].content }}",
+    "{% set word %}json{% endset %}{% if word in messages[0].content %}!{% endif %}{{ messages[0].content }}",
+    "{% macro f(t, word='json') %}{% if word in t %}!{% endif %}{{ t }}{% endmacro %}{{ f(messages[0].content) }}",
+    "{% if 'json' in messages[0].content | lower %}!{% endif %}{{ messages[0].content }}",
+    "{% if 'JSON' in messages[0].content.upper() %}!{% endif %}{{ messages[0].content }}",
+    "{% if messages[0].content.isdigit() %}!{% endif %}{{ messages[0].content }}",
+    "{% if messages[0].content is upper %}!{% endif %}{{ messages[0].content }}",
+)
+"""Templates that find a text in a message by a detour, or in other letters."""
+
+
+@pytest.mark.parametrize("template", LOOKING)
+def test_what_is_sought_by_a_detour_is_found(template: str, with_template: Any) -> None:
+    tokenizer, oracle = with_template(template)
+    frame = ChatFrame(tokenizer, None, {})
+    for message in ("json", "give me JSON, please", "Json", "plain", "yaml", "8", "WORD", "É"):
+        assert frame.text(message) == expected(oracle, message, None, {})
+
+
+def test_the_template_that_is_looked_at_is_the_one_that_is_used(with_template: Any) -> None:
+    """A tokenizer may bring several, and an argument may put another in their place."""
+    tokenizer, oracle = with_template(CHATML)
+    for loaded in (tokenizer._tokenizer, oracle):
+        loaded.chat_template = {
+            "default": TEMPLATES["looks for a word"],
+            "tool_use": "{{ tools | length }}{{ 'yaml' in messages[0].content }}{{ messages[0].content }}",
+        }
+    assert tokenizer.has_chat_template
+    given: list[dict[str, Any]] = [{}, {"tools": [{"type": "function"}]}, {"chat_template": TEMPLATES["compares"]}]
+    for arguments in given:
+        frame = ChatFrame(tokenizer, None, arguments)
+        for message in ("json", "yaml", "hi", "plain"):
+            assert frame.text(message) == expected(oracle, message, None, arguments)
+    for loaded in (tokenizer._tokenizer, oracle):
+        loaded.chat_template = {"other": CHATML}
+    with pytest.raises(ConfigError, match="refuses the conversation"):
+        ChatFrame(tokenizer, None, {})
+    assert ChatFrame(tokenizer, None, {"chat_template": "other"}).is_constant
+
+
+MOMENT = "%d %b %Y|%-d.%-m.%y|%A %B %j|%H:%M:%S %p %I|%c %x %X|%U %W %w %Z %z"
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  ", "x\n"])
+def test_the_present_moment_is_the_one_that_is_given(
+    start: str, with_template: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run that is resumed tomorrow goes on with the same prompts."""
+    then = datetime(2024, 7, 6, 9, 5, 3)
+    clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, tz=None: then)})
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+    tokenizer, oracle = with_template(
+        start + "  {% if strftime_now is defined %}{{ strftime_now('" + MOMENT + "') + '!' }}{% endif %}\n"
+        "{% macro day() %}{{ strftime_now('%d') }}{% endmacro %}{% for m in messages %}{{ day() }}{{ m.content }}"
+        "{% endfor %}\n"
+    )
+    text = expected(oracle, "hello", None, {})
+    assert "06 Jul 2024|6.7.24" in text
+    monkeypatch.undo()
+    frame = ChatFrame(tokenizer, None, {}, then)
+    assert frame.is_dated and frame.is_constant
+    assert frame.text("hello") == text
+    assert ChatFrame(tokenizer, None, {}).text("hello") != text
+    assert not ChatFrame(with_template(CHATML)[0], None, {}, then).is_dated
 
 
 # --- whole conversations -----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import date
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
+from pipeline import prompts
 from pipeline.config import PACKAGE
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizer import Tokenizer
@@ -390,11 +393,15 @@ def adds_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def cut_by_oracle(text: str, head: str, tail: str, room: int, side: str, *, bos: bool) -> list[int] | None:
-    """Tokenize everything, then drop tokens of the row's own text, which is what is between head and tail."""
+    """Tokenize everything, then drop tokens that have nothing but the row's own text, which is between head and tail.
+
+    A token that reaches into head or tail stays, and with it what lies beyond.
+    """
     encoded = oracle(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = [*([0] if bos else []), *encoded["input_ids"]]
     spans = [*([(0, 0)] if bos else []), *encoded["offset_mapping"]]
-    own = [i for i, (begin, end) in enumerate(spans) if end > len(head) and begin < len(text) - len(tail)]
+    inside = [i for i, (begin, end) in enumerate(spans) if begin >= len(head) and begin < end <= len(text) - len(tail)]
+    own = range(inside[0], inside[-1] + 1) if inside else range(0)
     over = len(ids) - room
     if over <= 0:
         return ids
@@ -485,6 +492,93 @@ def test_blanks_that_a_chat_template_trims_are_no_text_of_the_template(chat_temp
     [made] = PromptBuilder(chat_template(template), task, ["text"]).build([{"text": NEWS * 9}], [40])
     whole = f"<|user|>\nTicket: {(NEWS * 9).strip()}<|end|>\n"
     assert list(made.token_ids) == cut_by_oracle(whole, "<|user|>\nTicket: ", "<|end|>\n", 40, RIGHT, bos=False)
+
+
+def test_a_token_that_reaches_into_the_template_stays() -> None:
+    """The template's last line end merges with the row's own ones; without it the question would not be set apart."""
+    made = builder("Ticket:\n{{ text }}\n\nOne word:", chat=False, too_long=RIGHT)
+    text = "a b c d e f g h\n\n"
+    whole = tiny.encode([f"Ticket:\n{text}\n\nOne word:"], True)[0]
+    [cut] = made.build([{"text": text}], [len(whole) - 3])
+    assert tiny.decode([cut.token_ids])[0].endswith("\n\nOne word:")
+    assert tiny.decode([cut.token_ids])[0].startswith("Ticket:\na b")
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    pieces=st.lists(
+        st.sampled_from([NEWS, "word ", "\n\n", "語", "é🙂", "<|end|>", "   ", "12 "]), min_size=1, max_size=8
+    ),
+    times=st.integers(1, 40),
+    side=st.sampled_from(["error", LEFT, RIGHT]),
+    room=st.integers(1, 60),
+    chat=st.booleans(),
+    head=st.sampled_from(["", HEAD]),
+    tail=st.sampled_from(["", TAIL]),
+)
+def test_a_very_long_prompt_is_what_it_would_be_if_tokenized_whole(
+    pieces: list[str], times: int, side: str, room: int, chat: bool, head: str, tail: str
+) -> None:
+    made = builder(head + "{{ text }}" + tail, too_long=side, chat=chat)
+    row = {"text": "".join(pieces) * times}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LONG_TEXT": 100, "END": 64, "SEAM": 8}.items():
+            patch.setattr(prompts, name, value)
+        [ends] = made.build([row], [room], longest=60)
+    [whole] = made.build([row], [room])
+    if ends.error is None:
+        assert ends == whole
+    elif side == "error":
+        assert ends.error == "the prompt has more than the 60 tokens there is room for"
+        assert len(whole.token_ids) > 60
+    else:
+        assert ends.error == whole.error
+
+
+MEMORY = """
+import re, sys
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.prompts import PromptBuilder
+from pipeline.settings import TaskSettings
+task = TaskSettings(kind="generate", prompt="{{ text }}", too_long=sys.argv[2])
+built = PromptBuilder(Tokenizer(sys.argv[1]), task, ["text"])
+rows = [{"text": "word " * 2_000_000}] + [{"text": "word " * 20_000}] * 10
+rss = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = rss()
+made = built.build(rows, [1000] * len(rows), longest=1024)
+print((rss() - before) // 1024, {(p.error or "")[:40] + str(len(p.token_ids)) for p in made})
+"""
+
+
+@pytest.mark.parametrize("side", ["error", LEFT])
+def test_memory_does_not_grow_with_the_length_of_prompts(side: str) -> None:
+    """10 MB in one text, of which the tokenizer by itself would take a hundred times as much."""
+    ended = subprocess.run(
+        [sys.executable, "-c", MEMORY, TINY, side], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    mebibytes, made = ended.stdout.split(maxsplit=1)
+    assert int(mebibytes) < 250
+    if side == LEFT:
+        assert made.strip() == "{'1000'}"
+    else:
+        assert "more than the 1024 tokens" in made
+
+
+def test_texts_are_tokenized_in_batches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backend:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            sizes.append((len(texts), sum(map(len, texts))))
+            return backend.encode_batch_fast(texts, **options)
+
+    sizes: list[tuple[int, int]] = []
+    backend = tiny._backend
+    texts = [NEWS * (n % 5) for n in range(50)] + [NEWS * 20]
+    expected = tiny.encode(texts, True)
+    monkeypatch.setattr(tiny, "_backend", Backend())
+    monkeypatch.setattr("pipeline.models.tokenizer.BATCH_CHARACTERS", 300)
+    assert tiny.encode(texts, True) == expected == [oracle(text)["input_ids"] for text in texts]
+    assert all(size <= 300 or count == 1 for count, size in sizes)
+    assert 5 < len(sizes) < 40
 
 
 def test_a_column_whose_name_is_no_identifier_is_hinted_at() -> None:
