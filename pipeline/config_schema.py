@@ -68,6 +68,15 @@ class QuantInt8Schema(QuantKernelSchema):
 
 
 @dataclass
+class QuantGptqSchema(QuantKernelSchema):
+    method: str = "gptq"
+    bits: int | None = doc(None, "2, 3, 4 or 8: what the checkpoint has to have; what pipeline.quantize makes (4)")
+    group_size: int | None = doc(None, "inputs that share a scale, -1 for all; as bits (128)")
+    symmetric: bool | None = doc(None, "no zero points; as bits (true)")
+    act_order: bool | None = doc(None, "inputs quantized in the order of their activations; as bits (false)")
+
+
+@dataclass
 class DataSchema:
     kind: str = MISSING
     path: Any = doc(MISSING, "file, folder, glob, fsspec URL, or list of these; data=hub: saved dataset or hub id")
@@ -229,7 +238,7 @@ GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "quant": {
         "base": QuantSchema,
         "auto": QuantOperatorsSchema,
-        "gptq": QuantKernelSchema,
+        "gptq": QuantGptqSchema,
         "bnb": QuantBnbSchema,
         "bnb-int8": QuantInt8Schema,
     },

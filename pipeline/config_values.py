@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.config_schema import COMPRESSIONS
 from pipeline.core import SamplingParams
 from pipeline.engine.plan import LEAST_SHARED, EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.launch.place import Place
+from pipeline.quant.gptq_spec import BITS
 from pipeline.quant.spec import KERNELS, QuantSettings
 from pipeline.redaction import redacted
 from pipeline.settings import (
@@ -29,6 +30,7 @@ from pipeline.settings import (
     TaskSettings,
 )
 
+T = TypeVar("T")
 DEFAULT_PROMPT = "{{ prompt }}"
 TOO_LONG = ("error", "truncate_left", "truncate_right")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -101,7 +103,12 @@ def _quant(values: Mapping[str, Any]) -> QuantSettings:
         known["skip_modules"] = tuple(values["skip_modules"])
     if "int8_threshold" in values:
         known["int8_threshold"] = _between("quant.int8_threshold", values["int8_threshold"], 0, 1e4)
-    return QuantSettings(**known, **{k: values[k] for k in ("double_quant",) if k in values})
+    if "bits" in values:
+        _one_of("quant.bits", values["bits"], (None, *BITS))
+        if values["group_size"] is not None and values["group_size"] != -1:
+            _positive("quant.group_size", values["group_size"])
+    plain = ("double_quant", "bits", "group_size", "symmetric", "act_order")
+    return QuantSettings(**known, **{key: values[key] for key in plain if key in values})
 
 
 def _data(values: Mapping[str, Any]) -> DataSettings:
@@ -335,9 +342,9 @@ def _between(key: str, value: float, low: float, high: float) -> float:
     return value
 
 
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
+def _one_of(key: str, value: T, allowed: Sequence[T]) -> T:
     if value not in allowed:
-        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value}")
+        raise ConfigError(f"{key} must be one of {', '.join(str(a) for a in allowed if a is not None)}, got {value}")
     return value
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
+from pipeline.calibrate import calibrate
 from pipeline.command import guarded
 from pipeline.console import Console, size_text
 from pipeline.errors import ConfigError, Interrupted
@@ -20,19 +21,21 @@ from pipeline.models.memory import resolve_device, resolve_dtype
 from pipeline.models.small_files import copy_small_files, tokenizer_folder
 from pipeline.output.durable import new_folder
 from pipeline.quant.detect import resolve_spec
-from pipeline.quant.spec import QuantSettings, QuantSpec
+from pipeline.quant.spec import QuantSettings
 from pipeline.run import ExitCode, Stopping
 from pipeline.settings import ModelConfig
 
 SHARD_BYTES = 4 << 30
 """The largest file of weights that is written."""
-IN_FLIGHT = ("bnb", "bnb-fp4", "bnb-int8")
+WRITTEN = ("bnb", "bnb-fp4", "bnb-int8", "gptq")
 USAGE = """usage: python -m pipeline.quantize model=choice quant=choice output.dir=DIR [key=value ...]
 
 Writes a quantized copy of a checkpoint, which this pipeline and transformers load.
 Takes the overrides of a run (python -m pipeline --help).
 
   quant=bnb, bnb-fp4, bnb-int8   bitsandbytes, as a run would quantize in flight: the same bits
+  quant=gptq                     GPTQ by the gptqmodel library (the extra gptq), calibrated on rows: data.path=...
+                                 task.prompt=... data.limit=128 quant.bits=4 quant.group_size=128
 Example: python -m pipeline.quantize model=path model.path=/models/llama-7b quant=bnb output.dir=/models/llama-7b-nf4
 
 exit codes
@@ -62,42 +65,45 @@ def quantize(overrides: Sequence[str], console: Console, stopping: Stopping) -> 
             "when the quantized checkpoint runs"
         )
     checkpoint = open_checkpoint(asked.model.path, asked.model.revision)
-    spec = _spec(asked.quant, checkpoint)
+    _refuse_quantized(asked.quant, checkpoint)
     tokenizer = tokenizer_folder(checkpoint, asked.model)
     final = Path(asked.output.dir).expanduser()
     with new_folder(final) as folder:
-        _write_in_flight(asked, checkpoint, spec, folder, console, stopping)
+        if asked.quant.method == "gptq":
+            made = calibrate(asked, checkpoint, tokenizer, folder, console, stopping)
+        else:
+            made = _write_in_flight(asked, checkpoint, folder, console, stopping)
         copy_small_files(checkpoint.folder, tokenizer, folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (checkpoint.weight_files, _weights(final)))
-    console.result(f"checkpoint  {final} ({spec.describe().split(',')[0]})")
+    console.result(f"checkpoint  {final} ({made})")
     console.result(f"weights     {size_text(after)}, {size_text(before)} before")
     console.result(f"use         python -m pipeline model=path model.path={final} ...")
     return ExitCode.DONE
 
 
-def _spec(settings: QuantSettings, checkpoint: Checkpoint) -> QuantSpec:
-    """What to make; raises ConfigError if that is no format to write, or the checkpoint is quantized already."""
-    if settings.method not in IN_FLIGHT:
+def _refuse_quantized(settings: QuantSettings, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if what is asked for is no format to write, or the checkpoint is quantized already."""
+    if settings.method not in WRITTEN:
         raise ConfigError(
-            f"quant={settings.method} is no format that pipeline.quantize writes; choose quant={', '.join(IN_FLIGHT)}"
+            f"quant={settings.method} is no format that pipeline.quantize writes; choose quant={', '.join(WRITTEN)}"
         )
-    spec = resolve_spec(settings, checkpoint.quantization, checkpoint.name)
-    if spec.stored:
+    if checkpoint.quantization:
+        spec = resolve_spec(settings, checkpoint.quantization, checkpoint.name)
         raise ConfigError(
             f"model.path={checkpoint.name} is {spec.describe()} already; name an unquantized checkpoint, or run this "
             "one as it is"
         )
-    return spec
 
 
 def _write_in_flight(
-    asked: ModelConfig, checkpoint: Checkpoint, spec: QuantSpec, folder: Path, console: Console, stopping: Stopping
-) -> None:
-    """A tensor at a time, on the device; a signal ends it at once."""
+    asked: ModelConfig, checkpoint: Checkpoint, folder: Path, console: Console, stopping: Stopping
+) -> str:
+    """A tensor at a time, on the device; a signal ends it at once. Returns what was made."""
     from pipeline.models.architecture import load_config
     from pipeline.models.export import write_quantized
     from pipeline.quant.format import format_of, needs_of
 
+    spec = resolve_spec(asked.quant, checkpoint.quantization, checkpoint.name)
     transformers_config = load_config(checkpoint.name, str(checkpoint.folder), asked.model.trust_remote_code)
     device, dtype = resolve_device(asked.model), resolve_dtype(asked.model, checkpoint)
     quant, _ = format_of(spec, "auto", needs_of(spec, [], device.type, None, dtype))
@@ -117,6 +123,7 @@ def _write_in_flight(
         console.note(
             f"{checkpoint.name}: {len(unused)} tensors have no place in the model and are left out ({unused[0]}, ...)"
         )
+    return spec.describe().split(",")[0]
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -156,7 +156,22 @@ def gptq_stored(settings: QuantSettings, stored: Mapping[str, Any], path: str) -
             f"quant={settings.method} contradicts the checkpoint: model.path={path} is already {spec.describe()}; "
             "use quant=auto, quant=gptq or quant=bitblas"
         )
+    _refuse_other_values(settings, spec, path)
     return spec
+
+
+def _refuse_other_values(settings: QuantSettings, spec: GptqSpec, path: str) -> None:
+    for key in ("bits", "group_size", "symmetric", "act_order"):
+        asked, found = getattr(settings, key), getattr(spec, key)
+        if asked is not None and asked != found:
+            raise ConfigError(
+                f"quant.{key}={_text(asked)} contradicts the checkpoint: model.path={path} has {_text(found)}; leave "
+                f"quant.{key} out"
+            )
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_group(value: Any) -> bool:

@@ -20,7 +20,8 @@ DEFAULT_THRESHOLD = 6.0
 class QuantSettings:
     """What was asked for under `quant`.
 
-    `dequant_cache_gib` None is auto, 0 is off; `tuning_cache` None is a folder of the user's.
+    `dequant_cache_gib` None is auto, 0 is off; `tuning_cache` None is a folder of the user's. `bits` to
+    `act_order` are GPTQ's; None is what the checkpoint has.
     """
 
     method: str = "auto"
@@ -30,6 +31,10 @@ class QuantSettings:
     skip_modules: tuple[str, ...] = ()
     dequant_cache_gib: float | None = None
     tuning_cache: Path | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool | None = None
 
 
 class TensorHeader(Protocol):

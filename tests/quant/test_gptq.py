@@ -196,6 +196,24 @@ def test_what_contradicts_the_checkpoint_is_refused(asked: str, made: dict[str, 
         resolve_spec(QuantSettings(method=asked), stored, "there")
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"bits": 8}, "quant.bits=8 contradicts the checkpoint: model.path=there has 4; leave quant.bits out"),
+        ({"group_size": -1}, "quant.group_size=-1 contradicts the checkpoint: model.path=there has 32"),
+        ({"symmetric": False}, "quant.symmetric=false contradicts the checkpoint: model.path=there has true"),
+        ({"act_order": True}, "quant.act_order=true contradicts the checkpoint: model.path=there has false"),
+    ],
+)
+def test_values_that_contradict_the_checkpoint_are_refused(asked: dict[str, Any], found: str) -> None:
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    with pytest.raises(ConfigError) as caught:
+        resolve_spec(QuantSettings(method="gptq", **asked), stored, "there")
+    assert found in str(caught.value)
+    agreed = QuantSettings(method="gptq", bits=4, group_size=32, symmetric=True, act_order=False)
+    assert resolve_spec(agreed, stored, "there") == resolve_spec(QuantSettings(), stored, "there")
+
+
 @pytest.mark.parametrize("asked", ["gptq", "bitblas"])
 def test_unquantized_weights_are_not_gptq(asked: str) -> None:
     with pytest.raises(ConfigError, match=f"quant={asked} needs a checkpoint quantized with GPTQ.*quant=bnb"):

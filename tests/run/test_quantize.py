@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,45 @@ def test_a_bad_checkpoint_leaves_nothing(damage: str, tmp_path: Path) -> None:
     message = quantize("model=path", f"model.path={source}", "quant=bnb", f"output.dir={tmp_path / 'out'}").refusal()
     assert ("model.safetensors" if damage == "truncated" else name) in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# --- GPTQ, before the library is started (the rest is in tests/quant/test_gptq_calibrated.py) ------------------------
+
+
+GPTQ = ["quant=gptq", "output.dir=out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "quant=gptq is calibrated on rows, and data.path is not set; add data.path="),
+        ([f"data.path={TICKETS}", "task=label"], "task.labels is not set"),
+        ([f"data.path={TICKETS}", "quant.bits=5"], "quant.bits must be one of 2, 3, 4, 8, got 5"),
+        ([f"data.path={TICKETS}", "quant.group_size=0"], "quant.group_size must be at least 1, got 0"),
+        ([f"data.path={TICKETS}", "model.dtype=float32"], "set model.dtype=bfloat16 or float16"),
+        (["data.path=/no/such.parquet"], "/no/such.parquet"),
+        ([f"data.path={TICKETS}", "task.prompt='{{ nosuch }}'"], "nosuch"),
+        ([f"data.path={TICKETS}", "task.prompt='{{ topic.x.y }}'"], "has no row to calibrate on"),
+        ([f"data.path={TICKETS}", "task.prompt=short", "task.chat=false"], "name rows with longer prompts"),
+    ],
+)
+@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="GPTQModel is not installed (make setup)")
+def test_gptq_that_cannot_be_made_is_refused(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = quantize(*GPTQ, *arguments)
+    assert ended.code == 2
+    assert words in ended.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_library_gptq_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)
+    message = quantize(*GPTQ, f"data.path={TICKETS}").refusal()
+    assert "needs the gptqmodel library" in message and "[gptq]" in message and "quant=bnb" in message
+    assert not list(tmp_path.iterdir())
 
 
 PROGRAM = [sys.executable, "-m", "pipeline.quantize"]
