@@ -21,6 +21,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh scripts/*.sh .ci/run
 
 check: lint test
 

@@ -52,6 +52,7 @@ def test_configuration_and_assets_are_in_the_wheel(wheel: Path) -> None:
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert conf <= names
+    assert {f"pipeline/jobs/{file.name}" for file in (ROOT / "jobs").iterdir()} <= names
     assert package <= names
     assert not [name for name in names if not name.startswith(("pipeline/", "quantized_batch_pipeline-"))]
 

@@ -74,8 +74,8 @@ def cluster(lab: SlurmLab, tmp_path: Path) -> Iterator[Cluster]:
 def assert_as_alone(out: Path, alone: Path) -> None:
     """Every row once, and each as the single process had it: by DuckDB, from the files."""
     both = [f"'{folder}/results/*.parquet'" for folder in (out, alone)]
-    counts = duckdb.sql(f"select count(*), count(distinct row_id) from {both[0]}").fetchone()
-    assert counts == (2000, 2000)
+    counts = duckdb.sql(f"select count(*), count(distinct row_id) from {both[0]}").fetchall()
+    assert counts == [(2000, 2000)]
     for one, other in (both, both[::-1]):
         assert duckdb.sql(f"(from {one}) except all (from {other})").fetchall() == []
     assert nothing_left_over(out)
