@@ -23,6 +23,7 @@ NEEDS_TORCH = (
     "pipeline.engine.packing",
     "pipeline.engine.prefix",
     "pipeline.engine.sampler",
+    "pipeline.engine.scoring",
     "pipeline.engine.seat",
     "pipeline.engine.slots",
     "pipeline.kernels.*",
