@@ -20,6 +20,7 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.memory import resolve_device, resolve_dtype
 from pipeline.models.small_files import copy_small_files, tokenizer_folder
 from pipeline.output.durable import new_folder
+from pipeline.output.open import local_folder
 from pipeline.quant.detect import resolve_spec
 from pipeline.quant.spec import QuantSettings
 from pipeline.run import ExitCode, Stopping
@@ -67,7 +68,7 @@ def quantize(overrides: Sequence[str], console: Console, stopping: Stopping) -> 
     checkpoint = open_checkpoint(asked.model.path, asked.model.revision)
     _refuse_quantized(asked.quant, checkpoint)
     tokenizer = tokenizer_folder(checkpoint, asked.model)
-    final = Path(asked.output.dir).expanduser()
+    final = local_folder(asked.output.dir)
     with new_folder(final) as folder:
         if asked.quant.method == "gptq":
             made = calibrate(asked, checkpoint, tokenizer, folder, console, stopping)

@@ -11,7 +11,7 @@ _SECRET = re.compile(
     r"secret|passw|credential|connection_?string|(api|access|account|private|auth)_?(key|token)|(^|_)(token|key|sas)$",
     re.IGNORECASE,
 )
-_USER = re.compile(r"://[^/\s]+@")
+_USER = re.compile(r"(?<!abfs)(?<!abfss)://[^/\s]+@")  # in Azure's URLs a container stands there
 _SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE)
 _OPTIONS = "storage_options"
 _SHORTEST_SECRET = 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.redaction import BLANK, redacted
+from pipeline.redaction import BLANK, redacted, without
 
 SECRET = "hunter2"
 
@@ -42,6 +42,8 @@ def test_the_rest_of_a_url_and_of_a_text_stays() -> None:
     prompt = "Why? See https://a.org/?key=hunter2 and, if the token = 3,\nanswer {{ text }} & stop"
     assert redacted(prompt) == prompt.replace("hunter2", BLANK)
     assert redacted("mail me@example.com, key=3") == "mail me@example.com, key=3"
+    for url in ("abfs://container@account.dfs.core.windows.net/x", "abfss://container@account.dfs.core.windows.net/x"):
+        assert redacted(url) == url
 
 
 @pytest.mark.parametrize("value", [SECRET, 7, [SECRET], {"inner": SECRET}, {"a": [{"b": SECRET}]}, (SECRET,), True])
@@ -67,6 +69,20 @@ def test_a_secret_key_hides_whatever_it_holds(key: str, value: Any) -> None:
 )
 def test_innocent_keys_are_left_alone(key: str) -> None:
     assert redacted({key: SECRET}) == {key: SECRET}
+
+
+def test_an_error_is_told_without_the_secrets_of_the_options() -> None:
+    options = {
+        "key": "hunter2", "endpoint_url": "https://host", "anon": False, "timeout": 30,
+        "client_kwargs": {"aws_session_token": "hunter22", "region_name": "north"}, "token": {"private_key": "hunter3"},
+        "x": ["hunter4", "ab"],
+    }  # fmt: skip
+    text = "hunter2, hunter22, hunter3 and hunter4 at https://host in north, a cab, 30 s: False"
+    assert (
+        without(text, options) == f"{', '.join([BLANK] * 3)} and {BLANK} at https://host in north, a cab, 30 s: False"
+    )
+    assert without("https://me:pass@host?sig=abc", {}) == f"https://{BLANK}@host?sig={BLANK}"
+    assert without(text, {}) == text
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text("abc ?&=@", max_size=9)

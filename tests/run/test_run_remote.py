@@ -34,7 +34,8 @@ from harness import (
 from stores import KEY, SECRET, Place, Request, S3Server, memory_place, s3_place
 
 from pipeline.config import load_config
-from pipeline.errors import RunFailed
+from pipeline.console import Console
+from pipeline.errors import ConfigError, RunFailed
 from pipeline.job import Job
 
 NUM_ROWS = 60
@@ -275,6 +276,16 @@ def test_a_local_run_does_not_import_a_store(small_model: Path, varied: Path, tm
     )
     again = subprocess.run([sys.executable, "-c", code, *command], env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/x", "memory://x", "s3:/bucket/x"])
+def test_a_checkpoint_is_written_to_a_folder_only(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import quantize
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"output.dir={output} is n"):
+        quantize.quantize(["model=tiny", "quant=bnb", f"output.dir={output}"], Console(), lambda: False)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Kills and company
