@@ -69,7 +69,8 @@ class RowProgress:
             self._bar = tqdm(total=total, initial=done, desc="rows", unit="rows", file=stream, smoothing=0.1)
 
     def advance(self, rows: int, tokens: int) -> None:
-        """So many more rows are answered, with so many tokens, prompts included."""
+        """So many more rows are answered, with so many tokens, prompts included; what was done twice counts once."""
+        rows = min(rows, self._total - self._done)
         self._done += rows
         self._tokens += tokens
         now = time.monotonic()

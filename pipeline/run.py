@@ -375,7 +375,7 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
     assert job.manifest is not None
     summary = job.manifest.summary
     truth = (summary or {}).get("accuracy", {}).get("column")
-    if summary is None or summary.get("chunks") != len(job.chunks) or truth != job.config.task.truth:
+    if summary is None or summary.get("chunks", 0) < len(job.chunks) or truth != job.config.task.truth:
         summary = summarize(job, claims)
     for line in summary_lines(job, summary, since):
         console.result(line)

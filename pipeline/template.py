@@ -50,6 +50,7 @@ class NullColumn:
     __repr__ = __format__ = __iter__ = __len__ = __html__ = __str__  # all of them print
 
 
+NullColumn.__name__ = "null"  # what Python says of it in a row's error: unsupported operand type(s): 'int' and 'null'
 NULL = NullColumn()
 
 

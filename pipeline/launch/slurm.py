@@ -114,7 +114,7 @@ def nodes_elsewhere(settings: SlurmSettings) -> list[str]:
 
 def active_job(config: RunConfig, settings: SlurmSettings) -> str | None:
     """The id of a job of this name for the same output that has not ended."""
-    lines = _slurm("squeue", "-h", "--me", f"--name={settings.name}", "-o", "%A %k").splitlines()
+    lines = _slurm("squeue", "-h", "--me", f"--name={settings.name}", "-o", "%F %k").splitlines()
     found = [line.partition(" ") for line in lines]
     return next((job for job, _, comment in found if comment == comment_of(config)), None)
 
