@@ -53,7 +53,8 @@ class Preparation:
         task_rows: list[Mapping[str, Any]] = []
         columns, chunk_id = data.table.select(self._columns), chunk.id
         for first in range(0, chunk.num_rows, ROWS_AT_ONCE):
-            read = enumerate(read_rows(columns.slice(first, ROWS_AT_ONCE)), first)
+            # a table without columns does not know its own end
+            read = enumerate(read_rows(columns.slice(first, min(ROWS_AT_ONCE, chunk.num_rows - first))), first)
             rows = {(chunk_id, index): data.errors.get(index, row) for index, row in read}
             prepared += self._prepare(rows)
             task_rows += [{} if isinstance(row, str) else self._of_task(row) for row in rows.values()]
