@@ -82,7 +82,7 @@ REFUSED = {
     "chat without template": (["task.chat=maybe"], ["task.chat", "maybe"]),
     "too many positions": (["engine.max_len=1000"], ["engine.max_len=1000", "512"]),
     "no memory": (["model.memory=0.001"], ["0.00 GiB", "model.memory"]),
-    "slots without memory": (["engine.slots=100000", "model.memory=0.5"], ["engine.slots=100000", "GiB"]),
+    "slots without memory": (["engine.slots=100000", "model.memory=4"], ["engine.slots=100000", "GiB"]),
 }
 
 
