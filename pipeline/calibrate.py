@@ -56,8 +56,8 @@ def calibrate(
     chosen = {key: getattr(asked.quant, key) for key in DEFAULTS}
     chosen = {key: DEFAULTS[key] if value is None else value for key, value in chosen.items()}
     job = Job(
-        source=str(checkpoint.folder),
-        target=str(folder),
+        source=str(checkpoint.folder.resolve()),
+        target=str(folder.resolve()),
         dtype=dtype,
         device=str(resolve_device(asked.model)),
         trust_remote_code=asked.model.trust_remote_code,
@@ -112,14 +112,20 @@ def _rows(source: Any, files: list[SourceFile], settings: DataSettings) -> Itera
 
 
 def _run_child(job: Job, console: Console, stopping: Stopping) -> None:
-    """The library in a process of its own, whose words are only shown to a terminal, or when it fails."""
-    with tempfile.TemporaryFile() as log:
+    """The library in a process of its own, whose words are only shown to a terminal, or when it fails.
+
+    It writes files to where it runs, which is a folder that goes.
+    """
+    package = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(path for path in (package, os.environ.get("PYTHONPATH")) if path)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as there:
         child = subprocess.Popen(  # noqa: S603  # this interpreter, on a module of ours
             [sys.executable, "-m", Job.__module__],
             stdin=subprocess.PIPE,
             stdout=None if console.is_terminal else log,
             stderr=None if console.is_terminal else subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
+            cwd=there,
             start_new_session=True,
         )
         try:

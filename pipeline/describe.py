@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pipeline import config
 from pipeline.command import guarded
 from pipeline.console import Console, size_text
-from pipeline.models.description import Description, Place, describe_checkpoint
+from pipeline.models.description import Description, KernelAnswer, Place, describe_checkpoint
 from pipeline.models.inventory import Kind
 from pipeline.run import ExitCode
 
@@ -108,8 +108,15 @@ def _place_facts(place: Place) -> Iterator[tuple[str, str]]:
     if not place.kernels:
         yield "kernel", "torch, as nothing is quantized"
     for answer in place.kernels:
-        chosen = ", auto takes it" if answer.name == place.auto_kernel else ""
-        yield "kernel", f"{answer.name:<13} {f'can run{chosen}' if answer.can_run else f'cannot: {answer.reason}'}"
+        yield "kernel", f"{answer.name:<13} {_verdict(answer, place)}"
+
+
+def _verdict(answer: KernelAnswer, place: Place) -> str:
+    if not answer.can_run:
+        return f"cannot: {answer.reason}"
+    if answer.reason:
+        return f"can run when asked for; auto does not take it: {answer.reason}"
+    return "can run, auto takes it" if answer.name == place.auto_kernel else "can run"
 
 
 def _row(kind: Kind) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.engine.plan import ModelGeometry
 from pipeline.errors import ConfigError
@@ -18,17 +18,24 @@ from pipeline.quant.detect import family_of, resolve_spec
 from pipeline.quant.spec import KERNELS, QuantSettings, QuantSpec, Unquantized
 from pipeline.settings import ModelConfig, ModelSettings
 
+if TYPE_CHECKING:
+    from pipeline.kernels.need import Need
+    from pipeline.kernels.registry import Kernel
+
 ARCHITECTURE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
 )  # fmt: skip
+
+OTHER_FORMAT = {"bitblas": "runs BitBLAS' layout alone, to which quant=bitblas repacks GPTQ checkpoints"}
+"""Why a kernel has nothing to do with a format, where there is more to say."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelAnswer:
-    """A kernel of the registry: whether it can run this checkpoint here, and if not, why."""
+    """A kernel of the registry: whether it can run this checkpoint here; why not, or why only when asked for."""
 
     name: str
     can_run: bool
@@ -179,14 +186,14 @@ def _place(
     adapter: Adapter | None,
     attempts: Attempts,
 ) -> Place:
-    from pipeline.kernels.registry import reasons_against
     from pipeline.quant.format import format_of, kernels_of, needs_of
 
     device, dtype = resolve_device(config.model), resolve_dtype(config.model, checkpoint)
     needs = needs_of(spec, spec.stored_modules(checkpoint.tensors), device.type, capability_of(device), dtype)
-    quant, reason = format_of(spec, "auto", needs)
-    asked = attempts.at(lambda: format_of(spec, config.quant.kernel, needs)[0])
-    against = reasons_against(kernels_of(spec), needs)
+    cache = config.quant.tuning_cache
+    quant, reason = format_of(spec, "auto", needs, cache)
+    asked = attempts.at(lambda: format_of(spec, config.quant.kernel, needs, cache)[0])
+    kernels = kernels_of(spec, cache)
     auto = quant.kernel.name if quant else "torch"
     return Place(
         device=str(device),
@@ -198,11 +205,14 @@ def _place(
         kernel=asked.kernel.name if asked else None if quant else "torch",
         auto_kernel=auto,
         auto_reason=reason,
-        kernels=tuple(_answer(name, against) for name in KERNELS if name != "auto") if quant else (),
+        kernels=tuple(_answer(name, kernels.get(name), needs) for name in KERNELS if name != "auto") if quant else (),
     )
 
 
-def _answer(name: str, against: Mapping[str, str | None]) -> KernelAnswer:
-    """What the registry says of a kernel; of those that it has not for the format, that."""
-    reason = against.get(name, "does not run this format")
-    return KernelAnswer(name=name, can_run=reason is None, reason=reason or "")
+def _answer(name: str, kernel: Kernel[Any] | None, needs: Sequence[Need]) -> KernelAnswer:
+    """What the registry says of a kernel, or that it has none of that name for the format."""
+    from pipeline.kernels.registry import obstacle
+
+    reason = OTHER_FORMAT.get(name, "does not run this format") if kernel is None else obstacle(kernel, needs)
+    passed_over = kernel.passed_over(needs[0]) if kernel and kernel.passed_over else None
+    return KernelAnswer(name=name, can_run=reason is None, reason=reason or passed_over or "")

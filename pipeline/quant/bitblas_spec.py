@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader, module_override
+from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader, group_phrase, module_override
 
 BITS = (2, 4, 8)
 TILE = 16
@@ -51,6 +51,10 @@ class BitblasSpec(QuantSpec):
         group = "" if self.group_size == -1 else f" in groups of {self.group_size}"
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"BitBLAS {self.bits} bits{group} ({kind}), from the checkpoint"
+
+    def describe_module(self, module: StoredModule) -> str:
+        """For a table."""
+        return f"BitBLAS {module.bits} bits, {group_phrase(module)}"
 
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """Every module that has a qweight, checked against the configuration."""

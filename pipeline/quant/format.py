@@ -52,25 +52,28 @@ def format_of(
     for each shape keeps what it compiled, None for a folder of the user's. Raises ConfigError where the kernel
     asked for cannot run them.
     """
-    if isinstance(spec, BnbSpec) and spec.bits == 8:
-        kernel8, reason = choose(registry.BNB_8BIT, wanted_kernel, needs)
-        return Bnb8bitFormat(spec, kernel8), reason
+    kernels = kernels_of(spec, tuning_cache)
+    if not kernels:
+        return None, ""
+    kernel, reason = choose(kernels, wanted_kernel, needs)
+    return _format(spec, kernel), reason
+
+
+def _format(spec: QuantSpec, kernel: Kernel[Any]) -> StorageFormat:
     if isinstance(spec, BnbSpec):
-        kernel4, reason = choose(registry.BNB_4BIT, wanted_kernel, needs)
-        return Bnb4bitFormat(spec, kernel4), reason
-    if isinstance(spec, BitblasSpec) or (isinstance(spec, GptqSpec) and spec.repack):
-        packed, reason = choose(registry.bitblas_kernels(tuning_cache), wanted_kernel, needs)
-        return BitblasFormat(spec, packed) if isinstance(spec, BitblasSpec) else RepackedFormat(spec, packed), reason
-    if isinstance(spec, GptqSpec):
-        kernel, reason = choose(registry.GPTQ, wanted_kernel, needs)
-        return GptqFormat(spec, kernel), reason
-    return None, ""
+        return Bnb8bitFormat(spec, kernel) if spec.bits == 8 else Bnb4bitFormat(spec, kernel)
+    if isinstance(spec, BitblasSpec):
+        return BitblasFormat(spec, kernel)
+    assert isinstance(spec, GptqSpec)
+    return RepackedFormat(spec, kernel) if spec.repack else GptqFormat(spec, kernel)
 
 
-def kernels_of(spec: QuantSpec) -> Mapping[str, Kernel[Any]]:
+def kernels_of(spec: QuantSpec, tuning_cache: Path | None = None) -> Mapping[str, Kernel[Any]]:
     """The registry's kernels for the format of a spec; none for unquantized weights."""
     if isinstance(spec, BnbSpec):
         return registry.BNB_8BIT if spec.bits == 8 else registry.BNB_4BIT
+    if isinstance(spec, BitblasSpec) or (isinstance(spec, GptqSpec) and spec.repack):
+        return registry.bitblas_kernels(tuning_cache)
     return registry.GPTQ if isinstance(spec, GptqSpec) else {}
 
 

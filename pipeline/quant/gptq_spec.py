@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.quant.bitblas_spec import layout_obstacle
-from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader, module_override
+from pipeline.quant.spec import QuantSettings, QuantSpec, StoredModule, TensorHeader, group_phrase, module_override
 
 BITS = (2, 3, 4, 8)
 WORD_BITS = 32
@@ -50,8 +50,7 @@ class GptqSpec(QuantSpec):
 
     def describe_module(self, module: StoredModule) -> str:
         """For a table."""
-        one = module.group_size >= module.shape[1]
-        return f"GPTQ {module.bits} bits, {'one group' if one else f'groups of {module.group_size}'}"
+        return f"GPTQ {module.bits} bits, {group_phrase(module)}"
 
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """Every module that has a qweight, checked against the configuration."""

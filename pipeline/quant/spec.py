@@ -20,8 +20,8 @@ DEFAULT_THRESHOLD = 6.0
 class QuantSettings:
     """What was asked for under `quant`.
 
-    `dequant_cache_gib` None is auto, 0 is off; `tuning_cache` None is a folder of the user's. `bits` to
-    `act_order` are GPTQ's; None is what the checkpoint has.
+    `dequant_cache_gib` None is auto, 0 is off; `tuning_cache` None is a folder of the user's.
+    `bits` to `act_order` are GPTQ's; None is what the checkpoint has.
     """
 
     method: str = "auto"
@@ -109,7 +109,7 @@ class QuantSpec(ABC):
 
     def describe_module(self, module: StoredModule) -> str:
         """A stored module's format in a few words, for a table."""
-        return f"{module.bits} bits, groups of {module.group_size}"
+        return f"{module.bits} bits, {group_phrase(module)}"
 
     def describe_in_flight(self) -> str:
         """The format of what is quantized in flight, for a table."""
@@ -171,3 +171,8 @@ class Unquantized(QuantSpec):
     def stored_modules(self, tensors: Mapping[str, TensorHeader]) -> list[StoredModule]:
         """None."""
         return []
+
+
+def group_phrase(module: StoredModule) -> str:
+    """How the inputs of a module share scales."""
+    return "one group" if module.group_size >= module.shape[1] else f"groups of {module.group_size}"

@@ -87,9 +87,9 @@ def source(root: Path, base: str) -> Path:
     return folder
 
 
-def quantize(*overrides: str) -> subprocess.CompletedProcess[str]:
+def quantize(*overrides: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "pipeline.quantize", *overrides]
-    return subprocess.run(program, capture_output=True, text=True, env=environment(), check=False)
+    return subprocess.run(program, capture_output=True, text=True, env=environment(), cwd=cwd, check=False)
 
 
 def asked(folder: Path) -> list[str]:
@@ -119,7 +119,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, Path]) 
         jobs.append(job | {"prompts": PROMPTS, "target": str(root / f"{found[name].name}.oracle.safetensors")})
     program = [sys.executable, str(Path(__file__).with_name("calibrate_gptq.py"))]
     done = subprocess.run(
-        program, input=json.dumps(jobs), capture_output=True, text=True, env=environment(), check=False
+        program, input=json.dumps(jobs), capture_output=True, text=True, env=environment(), cwd=root, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return found
@@ -186,14 +186,16 @@ def test_what_was_asked_for_is_what_is_written(case: str, folders: dict[str, Pat
 def test_calibration_counts(sources: dict[str, Path], tmp_path: Path) -> None:
     """Other rows give other codes: it is not rounding to nearest."""
     codes = []
+    (tmp_path / "here").mkdir()
     for number, words in enumerate(("{{ ticket }}", "other words " * 9 + "{{ topic }}")):
         more = [*ROWS[:1], "data.limit=16", f'task.prompt="{words}"', f"output.dir={tmp_path / str(number)}"]
-        done = quantize(*asked(sources["llama"]), *more)
+        done = quantize(*asked(sources["llama"]), *more, cwd=tmp_path / "here")
         assert done.returncode == 0, done.stderr[-3000:]
         assert "calibrating on 16 rows" in done.stderr
         weights = load_file(tmp_path / str(number) / "model.safetensors")
         codes.append(weights["model.layers.1.mlp.down_proj.qweight"])
     assert not torch.equal(*codes)
+    assert not list((tmp_path / "here").iterdir()), "the library's logs are nobody's matter"
 
 
 def test_interrupted_it_leaves_nothing(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from harness import TICKETS, TINY, Ended, call, environment, run_here
 
 from pipeline.describe import main
+from pipeline.quantize import main as quantize
 
 METHODS = {"none": "none", "nf4": "bnb", "fp4": "bnb-fp4", "int8": "bnb-int8"}
 
@@ -148,6 +149,26 @@ def test_the_memory_is_that_of_the_loaded_model(
     )
 
 
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_a_stored_checkpoint_takes_what_was_said_of_it_in_flight(
+    quant: str, tmp_path: Path, load_decoder: Callable[..., Any]
+) -> None:
+    import torch
+
+    call(quantize, f"quant={METHODS[quant]}", f"output.dir={tmp_path / 'stored'}").done()
+    stored, in_flight = facts(*path(tmp_path / "stored")), facts(f"quant={METHODS[quant]}")
+    assert stored["runs_as"].replace("from the checkpoint", "in flight") == in_flight["runs_as"]
+    for key in ("parameters", "context_length", "chat_template", "batch_invariant"):
+        assert stored[key] == in_flight[key]
+    assert stored["place"] == in_flight["place"]
+    assert stored["disk_bytes"] < in_flight["disk_bytes"]
+    formats = [{kind["name"]: kind["format"] for kind in said["modules"]} for said in (stored, in_flight)]
+    assert formats[0] == {name: text.removesuffix(", in flight") for name, text in formats[1].items()}
+    decoder = load_decoder(tmp_path / "stored", torch.bfloat16, "auto")
+    computed = sum(buffer.nbytes for n, buffer in decoder.model.named_buffers() if "inv_freq" in n)
+    assert stored["place"]["resident_bytes"] == decoder.weight_bytes() - computed
+
+
 @pytest.mark.parametrize(
     ("overrides", "invariant"), [(["quant=bnb-int8"], False), (["quant=bnb-int8", "quant.int8_threshold=0"], True)]
 )
@@ -162,11 +183,25 @@ def test_whether_rows_are_independent(overrides: list[str], invariant: bool) -> 
 def test_every_kernel_answers_and_auto_is_what_a_run_takes(tmp_path: Path) -> None:
     said = facts("quant=bnb")["place"]
     assert [answer["name"] for answer in said["kernels"]] == ["reference", "bitsandbytes", "bitblas", "triton"]
-    for answer in said["kernels"]:
-        assert answer["can_run"] is (not answer["reason"])
+    assert [answer["can_run"] for answer in said["kernels"]] == [True, True, False, False]
+    assert all(bool(answer["reason"]) is not answer["can_run"] for answer in said["kernels"])
     run = ["quant=bnb", f"data.path={TICKETS}", f"output.dir={tmp_path}", "task.prompt='{{ ticket }}'", "dry_run=true"]
     assert json.loads(run_here(*run).done().out)["runs"]["resolved.kernel"] == said["auto_kernel"] == said["kernel"]
     assert facts("quant=bnb", "quant.kernel=reference")["place"]["kernel"] == "reference"
+
+
+def test_kernels_of_gptq_and_of_gptq_repacked(tmp_path: Path) -> None:
+    folder = write_headers(tmp_path / "13b", LLAMA_13B | {"quantization_config": GPTQ_4BIT}, gptq_13b())
+    plain, repacked = (facts(*path(folder), "model.device=cpu", *more)["place"] for more in ((), ("quant=bitblas",)))
+    for place in (plain, repacked):
+        assert place["auto_kernel"] == "reference"
+        reasons = {answer["name"]: answer["reason"] for answer in place["kernels"]}
+        assert reasons["reference"] == ""
+        assert reasons["bitsandbytes"] == "does not run this format"
+        assert "not on cpu" in reasons["triton"]
+    found = [next(a["reason"] for a in place["kernels"] if a["name"] == "bitblas") for place in (plain, repacked)]
+    assert "to which quant=bitblas repacks" in found[0]
+    assert "not on cpu" in found[1]
 
 
 def test_a_kernel_that_cannot_run_is_refused_after_the_description() -> None:
