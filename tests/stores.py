@@ -137,7 +137,7 @@ class S3Server:
                 content = f"<Error><Code>{code}</Code><Message>{code} by the test</Message></Error>".encode()
                 headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))]
                 start_response(f"{status} {code}", headers)
-                return [content]
+                return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
             if self.fault is None:
                 return carry_out()

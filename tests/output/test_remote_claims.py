@@ -250,6 +250,8 @@ def test_closing_removes_what_the_dead_left_but_not_what_others_hold(place: Plac
 
 
 def test_the_heartbeat_keeps_a_claim_beyond_its_lease(place: Place) -> None:
+    if place.is_local:
+        pytest.skip("in test_claims.py")
     with place.store().claims(3) as one, place.store().claims(3) as two:
         assert one.try_claim(CHUNK)
         end = time.monotonic() + 5
@@ -304,4 +306,4 @@ def test_a_store_that_refuses_ends_the_run_and_is_not_asked_for_every_claim(
             claims.try_claim(CHUNK)
         before = len(s3.requests)
     assert len({path for _, path in s3.requests[before:]}) == 1
-    assert caplog.text.count("could not be released (Forbidden)") == 1
+    assert caplog.text.count("could not be released (") == 1
