@@ -174,8 +174,7 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
     weights, dense = weight_bytes(
         place.checkpoint, place.spec, place.dtype, place.device_type, dense_product=place.dense_product
     )
-    tokens, logit_rows = largest_pass(engine, longest, place.device_type)
-    logits = max(logit_rows, engine.slots or 0)
+    tokens, logits = largest_pass(engine, longest, place.device_type)
     passes = pass_bytes(place.geometry, tokens, logits, place.dtype)
     if engine.share_prefix is not None:
         passes += PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
