@@ -264,7 +264,7 @@ class Shift:
 
         outlet = Outlet(self.sink, self.task, self.job.schema, self._committed)
         intake = Intake(self.job.source, self.job.files, chunks, self._claim, self._preparation())
-        gc.freeze()  # what is loaded stays; looking through all of it again and again would cost a tenth of the time
+        gc.freeze()  # what is loaded stays; collecting garbage need not look through all of it again and again
         try:
             with intake:
                 done = self._pump(intake, outlet)
