@@ -11,7 +11,8 @@ from pipeline import __version__, config
 from pipeline.command import guarded
 from pipeline.console import Console
 from pipeline.launch.place import place_of
-from pipeline.run import ExitCode, Stopping, run
+from pipeline.process import ExitCode, Stopping
+from pipeline.run import run
 from pipeline.settings import LocalSettings
 
 

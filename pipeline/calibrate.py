@@ -24,8 +24,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.gptq_child import Job
 from pipeline.models.memory import dtype_name, resolve_device
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.process import Stopping
 from pipeline.prompts import Prompt, PromptBuilder
-from pipeline.run import Stopping
 from pipeline.settings import DataSettings, ModelConfig
 
 DEFAULT_ROWS = 128

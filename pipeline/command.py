@@ -9,7 +9,7 @@ from types import FrameType
 
 from pipeline.console import Console
 from pipeline.errors import ConfigError, Interrupted, RunFailed
-from pipeline.run import ExitCode, Stopping
+from pipeline.process import ExitCode, Stopping
 
 ON_AGAIN = "what is committed stays; run the same command again to go on"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

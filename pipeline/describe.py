@@ -15,7 +15,7 @@ from pipeline.command import guarded
 from pipeline.console import Console, size_text
 from pipeline.models.description import Description, KernelAnswer, Place, describe_checkpoint
 from pipeline.models.inventory import Kind
-from pipeline.run import ExitCode
+from pipeline.process import ExitCode
 
 USAGE = """usage: python -m pipeline.describe [--json] [model=choice] [quant=choice] [key=value ...]
 

@@ -23,8 +23,8 @@ from pipeline.errors import ConfigError
 from pipeline.job import Job
 from pipeline.output.durable import failing_run
 from pipeline.output.sink import part_path
+from pipeline.process import ExitCode
 from pipeline.redaction import redacted_url
-from pipeline.run import ExitCode
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:

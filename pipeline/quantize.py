@@ -21,9 +21,9 @@ from pipeline.models.memory import resolve_device, resolve_dtype
 from pipeline.models.small_files import copy_small_files, tokenizer_folder
 from pipeline.output.durable import new_folder
 from pipeline.output.open import local_folder
+from pipeline.process import ExitCode, Stopping
 from pipeline.quant.detect import resolve_spec
 from pipeline.quant.spec import QuantSettings
-from pipeline.run import ExitCode, Stopping
 from pipeline.settings import ModelConfig
 
 SHARD_BYTES = 4 << 30

@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from pipeline import fingerprint
-from pipeline.console import Console, RowProgress
-from pipeline.data.source import Chunk
+from pipeline.console import Console
 from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted
 from pipeline.job import Job
 from pipeline.launch.patience import Patience, wait_for_chunks
 from pipeline.launch.walltime import Walltime
 from pipeline.output.claims import SCHEDULE_CLAIM, Claims
-from pipeline.output.durable import failing_run
-from pipeline.output.sink import part_path
-from pipeline.output.store import PLAN_JSON, RESULTS
+from pipeline.planning import plan_of, write_plan
+from pipeline.process import ExitCode, Stopping
 from pipeline.settings import LocalSettings, RunConfig
-from pipeline.stats import IntervalRecorder, RunStats, last_stats, stats_since, together, with_identity, write_stats
+from pipeline.shift import Shift, check_time
+from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
+from pipeline.summary import summarize, summary_lines
 
 if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
-    from pipeline.intake import Intake, Preparation
     from pipeline.models.runtime import Runtime
     from pipeline.models.tokenizer import Tokenizer
-    from pipeline.outlet import Counts, Outlet
-    from pipeline.output.sink import Sink
     from pipeline.prompts import PromptBuilder
     from pipeline.tasks.task import Task
-
-LOOKAHEAD = 2
-"""Requests that wait for a slot, in multiples of all slots: enough to fill any that falls free."""
-IDLE_WAIT_S = 0.2
-
-
-class ExitCode(IntEnum):
-    """What the process ends with; see docs/architecture.md."""
-
-    DONE = 0
-    FAILED = 1
-    BAD_CONFIG = 2
-    TOO_MANY_ERRORS = 3
-    NOT_DONE = 75
-
-
-Stopping = Callable[[], bool]
-"""Whether a signal has asked the run to stop."""
 
 
 def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
@@ -123,7 +99,9 @@ def answer_rows(
     walltime = _walltime(config)
 
     def more() -> bool:
-        return wait_for_chunks(patience, lambda: len(job.pending()), claims.others, lambda: _check(stopping, walltime))
+        return wait_for_chunks(
+            patience, lambda: len(job.pending()), claims.others, lambda: check_time(stopping, walltime)
+        )
 
     if not pending or not more():
         return
@@ -238,129 +216,9 @@ def _until(stopping: Stopping, items: Iterator[Any]) -> Iterator[Any]:
         yield item
 
 
-@dataclass(slots=True)
-class Shift:
-    """The loop between intake, engine and outlet."""
-
-    job: Job
-    claims: Claims
-    sink: Sink
-    engine: RequestEngine
-    task: Task
-    prompts: PromptBuilder
-    stats: RunStats
-    recorder: IntervalRecorder
-    progress: RowProgress
-    stopping: Stopping
-    walltime: Walltime = field(default_factory=Walltime)
-
-    def work(self, chunks: list[Chunk]) -> int:
-        """Answer all of the chunks that can be claimed; returns how many.
-
-        Raises Interrupted on a signal, or when the time that is left is too short for another chunk.
-        """
-        from pipeline.intake import Intake
-        from pipeline.outlet import Outlet
-
-        outlet = Outlet(self.sink, self.task, self.job.schema, self._committed)
-        intake = Intake(self.job.source, self.job.files, chunks, self._claim, self._preparation())
-        gc.freeze()  # what is loaded stays; collecting garbage need not look through all of it again and again
-        try:
-            with intake:
-                done = self._pump(intake, outlet)
-        finally:
-            gc.unfreeze()
-            outlet.close()
-            self.walltime.pause()
-        if self.walltime.short and self.job.pending():
-            raise Interrupted("stopped because the Slurm job has too little time left for another chunk")
-        return done
-
-    def _pump(self, intake: Intake, outlet: Outlet) -> int:
-        """Keep the engine fed until nothing is left of it and of the intake."""
-        chunks = 0
-        first_ready = None
-        while not intake.exhausted or self.engine.unfinished:
-            _check(self.stopping, self.walltime)
-            chunks += self._feed(intake, outlet)
-            if chunks and first_ready is None:
-                first_ready = time.perf_counter()
-            answered = self._poll(outlet)
-            if answered and first_ready is not None:
-                now = time.perf_counter()
-                self.stats.generate_s += now - first_ready
-                first_ready = now
-            self.recorder.tick(
-                self.engine.counters, self.stats.rows, self.engine.unfinished - self.engine.waiting, self.engine.waiting
-            )
-        return chunks
-
-    def _feed(self, intake: Intake, outlet: Outlet) -> int:
-        """Submit prepared chunks while the engine has less waiting than its slots could take."""
-        chunks = 0
-        wanted = LOOKAHEAD * sum(c.slots for c in self.engine.plan.length_classes)
-        while self.engine.waiting < wanted:
-            prepared = intake.take(0 if self.engine.unfinished else IDLE_WAIT_S)
-            if prepared is None:
-                break
-            chunks += 1
-            outlet.expect(prepared)
-            self.progress.advance(len(prepared.failed), 0)
-            self.walltime.answer(len(prepared.failed))
-            for request in prepared.requests:
-                self.engine.submit(request)
-        return chunks
-
-    def _poll(self, outlet: Outlet) -> int:
-        completions = [o.completion for o in self.engine.poll() if o.completion is not None]
-        for completion in completions:
-            outlet.add(completion)
-        answered = (sum(len(x.token_ids) for x in c.choices or (c,)) + c.target_tokens for c in completions)
-        tokens = sum(c.prompt_tokens for c in completions) + sum(answered)
-        self.progress.advance(len(completions), tokens)
-        self.walltime.answer(len(completions))
-        return len(completions)
-
-    def _preparation(self) -> Preparation:
-        from pipeline.engine.engine import unfit
-        from pipeline.intake import Preparation
-
-        plan = self.engine.plan
-        return Preparation(self.prompts, self.task, lambda request: unfit(request, plan), plan.max_len)
-
-    def _claim(self, chunk: Chunk) -> bool:
-        """Take a chunk unless somebody has it or, since the listing, has committed it, or time is too short."""
-        if self.walltime.short or not self.claims.try_claim(chunk.id):
-            return False
-        name = part_path(chunk.id)
-        with failing_run(self.job.output.shown(name)):
-            done = self.job.output.exists(name)
-        if done or not self.walltime.take(chunk.num_rows):
-            self.claims.release(chunk.id)
-            return False
-        return True
-
-    def _committed(self, chunk: Chunk, counts: Counts) -> None:
-        """Called in the writing thread once a chunk has its Part."""
-        self.claims.release(chunk.id)
-        self.stats.rows += counts.rows
-        self.stats.error_rows += counts.error_rows
-        self.stats.prompt_tokens += counts.prompt_tokens
-        self.stats.completion_tokens += counts.completion_tokens
-        self.stats.target_tokens += counts.target_tokens
-
-
 def _walltime(config: RunConfig) -> Walltime:
     launcher = config.launcher
     return Walltime(config.place.ends_at, launcher.margin_s if isinstance(launcher, LocalSettings) else 0.0)
-
-
-def _check(stopping: Stopping, walltime: Walltime) -> None:
-    """Raise Interrupted when a signal asks for it, or when the end of the Slurm job is near."""
-    if stopping():
-        raise Interrupted("stopped by a signal")
-    if walltime.over:
-        raise Interrupted("stopped before the end of the Slurm job")
 
 
 def finish(job: Job, claims: Claims, console: Console, since: datetime | None = None) -> ExitCode:
@@ -391,65 +249,6 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
     return ExitCode.DONE
 
 
-def summarize(job: Job, claims: Claims) -> dict[str, Any]:
-    """Totals over all Parts, of whichever process wrote them."""
-    totals = job.sink(claims.attempt).totals(chunk.id for chunk in job.chunks)
-    counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
-    summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
-    if summary["error_rows"]:
-        from pipeline.evaluate.errors import commonest_error
-
-        summary["commonest_error"] = commonest_error(job.output.dataset(RESULTS))
-    truth = job.config.task.truth
-    if truth is not None:
-        from pipeline.evaluate.truth import accuracy
-
-        judged = accuracy(job.output.dataset(RESULTS), truth)
-        summary["accuracy"] = {"column": truth, "rows": judged.judged, "correct": judged.correct, "value": judged.value}
-    job.summarize(claims, summary)
-    return summary
-
-
-def summary_lines(job: Job, summary: Mapping[str, Any], since: datetime | None) -> list[str]:
-    """What the end of a run prints."""
-    lines = [
-        f"results    {job.output.shown(RESULTS)} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
-        f"in {_count(max(1, summary['chunks']), 'part')})"
-    ]
-    if summary.get("commonest_error"):
-        worst = summary["commonest_error"]
-        lines.append(f"errors     most often, in {_count(worst['rows'], 'row')}: {worst['error']}")
-    lines += [f"{name:<10} {value}" for name, value in _speed(job, since)]
-    judged = summary.get("accuracy")
-    if judged and judged["value"] is not None:
-        lines.append(f"accuracy   {100 * judged['value']:.1f} % of {judged['rows']:,} rows (column {judged['column']})")
-    return lines
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def _speed(job: Job, since: datetime | None) -> Iterator[tuple[str, str]]:
-    """Rates of the last process that has left its stats, or of all since a time, which worked at once."""
-    found = last_stats(job.output)
-    if found is None:
-        return
-    name, last, processes = found
-    whose = f", the last of {processes} processes" if processes > 1 else ""
-    beside = [] if since is None else stats_since(job.output, since)
-    if len(beside) > 1:
-        last, whose = together(beside), f", {len(beside)} processes together"
-    kinds = {kind: last[f"{kind}_tokens"] for kind in ("prompt", "completion", "target")}
-    tokens = " + ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count or kind != "target")
-    yield (
-        "speed",
-        f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
-        f"({tokens} tokens in {last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
-    )
-    yield "stats", job.output.shown(name)
-
-
 def show_plan(job: Job, console: Console) -> ExitCode:
     """dry_run: everything a run would settle, without reading weights or writing anything."""
     from pipeline.models.runtime import resolve_runtime
@@ -460,26 +259,6 @@ def show_plan(job: Job, console: Console) -> ExitCode:
     job.check_resolved(runtime.resolved())
     console.result(json.dumps(plan_of(job, runtime), indent=2, default=str))
     return ExitCode.DONE
-
-
-def plan_of(job: Job, runtime: Runtime) -> dict[str, Any]:
-    """The plan: configuration, files, rows, chunks left, shapes and memory."""
-    return {
-        "config": job.config.resolved,
-        "runs": runtime.resolved() | {"resolved.kernel_reason": runtime.kernel_reason},
-        "files": [{"path": f.path, "rows": f.rows, "bytes": f.size} for f in job.files],
-        "rows": job.num_rows,
-        "chunks": len(job.chunks),
-        "chunks_left": len(job.pending()),
-        "shapes": runtime.shapes.as_dict(),
-        "memory_bytes": runtime.memory.as_dict(),
-    }
-
-
-def write_plan(job: Job, runtime: Runtime) -> None:
-    """Leave the plan beside the results, to look at; raises RunFailed if it cannot be written."""
-    with failing_run(job.output.shown(PLAN_JSON)):
-        job.output.replace(PLAN_JSON, (json.dumps(plan_of(job, runtime), indent=2, default=str) + "\n").encode())
 
 
 def _count_engine(stats: RunStats, engine: RequestEngine, runtime: Runtime) -> None:

@@ -18,7 +18,7 @@ from pipeline.console import Console
 from pipeline.errors import RunFailed
 from pipeline.job import Job
 from pipeline.output.store import RESULTS
-from pipeline.run import ExitCode
+from pipeline.process import ExitCode
 from pipeline.settings import RunConfig
 from pipeline.stats import stats_since
 

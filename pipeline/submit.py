@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.job import Job
 from pipeline.launch.slurm import active_job, check_paths, script_of, send
 from pipeline.models.checkpoint import is_here
-from pipeline.run import ExitCode
+from pipeline.process import ExitCode
 from pipeline.settings import RunConfig, SlurmSettings
 
 

@@ -36,7 +36,8 @@ from pipeline.engine.engine import EngineCounters, Output
 from pipeline.engine.plan import EnginePlan, LengthClass
 from pipeline.job import Job
 from pipeline.models.tokenizer import Tokenizer
-from pipeline.run import Shift, make_task
+from pipeline.run import make_task
+from pipeline.shift import Shift
 from pipeline.stats import IntervalRecorder, RunStats
 
 WORDS = re.findall(

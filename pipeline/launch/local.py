@@ -19,7 +19,8 @@ from typing import Any
 from pipeline.console import Console, RowProgress
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.job import Job
-from pipeline.run import ExitCode, Stopping, finish, may_begin, show_plan
+from pipeline.process import ExitCode, Stopping
+from pipeline.run import finish, may_begin, show_plan
 from pipeline.settings import LocalSettings, RunConfig
 
 LOOK_EVERY_S = 0.1

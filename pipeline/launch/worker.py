@@ -21,7 +21,8 @@ from pipeline.command import guarded
 from pipeline.console import Console, RowProgress
 from pipeline.launch.patience import Patience
 from pipeline.launch.place import place_of
-from pipeline.run import Stopping, work
+from pipeline.process import Stopping
+from pipeline.run import work
 
 TELL_EVERY_S = 0.2
 

@@ -1,0 +1,71 @@
+"""What came out of a run: totals over all Parts, and the lines that say so at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from pipeline.job import Job
+from pipeline.output.claims import Claims
+from pipeline.output.store import RESULTS
+from pipeline.stats import last_stats, stats_since, together
+
+
+def summarize(job: Job, claims: Claims) -> dict[str, Any]:
+    """Totals over all Parts, of whichever process wrote them."""
+    totals = job.sink(claims.attempt).totals(chunk.id for chunk in job.chunks)
+    counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
+    summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
+    if summary["error_rows"]:
+        from pipeline.evaluate.errors import commonest_error
+
+        summary["commonest_error"] = commonest_error(job.output.dataset(RESULTS))
+    truth = job.config.task.truth
+    if truth is not None:
+        from pipeline.evaluate.truth import accuracy
+
+        judged = accuracy(job.output.dataset(RESULTS), truth)
+        summary["accuracy"] = {"column": truth, "rows": judged.judged, "correct": judged.correct, "value": judged.value}
+    job.summarize(claims, summary)
+    return summary
+
+
+def summary_lines(job: Job, summary: Mapping[str, Any], since: datetime | None) -> list[str]:
+    """What the end of a run prints."""
+    lines = [
+        f"results    {job.output.shown(RESULTS)} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
+        f"in {_count(max(1, summary['chunks']), 'part')})"
+    ]
+    if summary.get("commonest_error"):
+        worst = summary["commonest_error"]
+        lines.append(f"errors     most often, in {_count(worst['rows'], 'row')}: {worst['error']}")
+    lines += [f"{name:<10} {value}" for name, value in _speed(job, since)]
+    judged = summary.get("accuracy")
+    if judged and judged["value"] is not None:
+        lines.append(f"accuracy   {100 * judged['value']:.1f} % of {judged['rows']:,} rows (column {judged['column']})")
+    return lines
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _speed(job: Job, since: datetime | None) -> Iterator[tuple[str, str]]:
+    """Rates of the last process that has left its stats, or of all since a time, which worked at once."""
+    found = last_stats(job.output)
+    if found is None:
+        return
+    name, last, processes = found
+    whose = f", the last of {processes} processes" if processes > 1 else ""
+    beside = [] if since is None else stats_since(job.output, since)
+    if len(beside) > 1:
+        last, whose = together(beside), f", {len(beside)} processes together"
+    kinds = {kind: last[f"{kind}_tokens"] for kind in ("prompt", "completion", "target")}
+    tokens = " + ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count or kind != "target")
+    yield (
+        "speed",
+        f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "
+        f"({tokens} tokens in {last['generate_s']:.1f} s, after {last['load_s']:.1f} s of loading{whose})",
+    )
+    yield "stats", job.output.shown(name)
