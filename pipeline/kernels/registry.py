@@ -102,7 +102,9 @@ BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
 """Of each format the fastest first: `auto` takes the first that can run."""
 
 GPTQ_FUSED: Kernel[GptqWeight] = replace(GPTQ["triton"], can_run=triton_gptq.can_run_linear, linear=triton_gptq.linear)
-BITBLAS_FUSED: Kernel[BitblasWeight] = replace(BITBLAS["triton"], linear=triton_bitblas.linear)
+BITBLAS_FUSED: Kernel[BitblasWeight] = replace(
+    BITBLAS["triton"], can_run=triton_bitblas.can_run_linear, linear=triton_bitblas.linear
+)
 """With products of their own, which pay where few rows share a pass; nothing chooses them yet."""
 
 

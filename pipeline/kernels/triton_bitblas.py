@@ -18,6 +18,16 @@ def can_run(need: Need) -> str | None:
     return obstacle(need, BITS)
 
 
+def can_run_linear(need: Need) -> str | None:
+    """Why Triton cannot multiply weights in BitBLAS' layout as they are, or None if it can."""
+    if need.bits in BITS and need.group_size % fields_of(need.bits):
+        return (
+            f"Triton products with {need.bits} bits need groups of a multiple of {fields_of(need.bits)} inputs, "
+            f"not of {need.group_size}"
+        )
+    return can_run(need)
+
+
 def dequantize(weight: BitblasWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`: the bits of `dequantize_bitblas_reference`."""
     out_NK = torch.empty(weight.shape, dtype=dtype, device=weight.codes_NB.device)

@@ -49,7 +49,8 @@ def linear_tile(x_MFU: Tensor, unit_bytes: int) -> LinearTile:
     A tensor core takes 16 inputs at a time, of one field each. More tiles of rows would not fit in registers.
     """
     rows, fields = x_MFU.shape[:2]
-    block_u = max(16, 64 // fields)
-    row_tiles = 2 if rows > BLOCK_M and x_MFU.element_size() == 2 else 1
-    stage_bytes = block_u * (row_tiles * BLOCK_M * fields * x_MFU.element_size() + BLOCK_N * unit_bytes)
+    itemsize = x_MFU.element_size()
+    block_u = max(16 if itemsize == 2 else 8, 64 // fields)
+    row_tiles = 2 if rows > BLOCK_M and itemsize == 2 and fields <= 8 else 1
+    stage_bytes = block_u * (row_tiles * BLOCK_M * fields * itemsize + BLOCK_N * unit_bytes)
     return LinearTile(row_tiles=row_tiles, block_u=block_u, stages=1 + min(3, PREFETCH_BYTES // stage_bytes))

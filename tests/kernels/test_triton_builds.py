@@ -54,15 +54,13 @@ def test_four_bits(compiler: TritonProcess, weight: Packed, dtype: torch.dtype, 
     check_linear(compiler(compiled_linear, weight, 16, dtype, capability), dtype)
 
 
-GPTQ_KINDS = [
-    (bits, *kind) for bits, kind in product((2, 3, 4, 8), ((32, False), (256, False), (4096, False), (128, True)))
-]
-BITBLAS_KINDS: list[Any] = list(product((2, 4, 8), (32, 4096), ("none", "original", "rescale")))
+GPTQ_KINDS = [(bits, *kind) for bits, kind in product((2, 3, 4, 8), ((32, False), (4096, False), (128, True)))]
+BITBLAS_KINDS: list[Any] = list(product((2, 4, 8), (32, 4096), ("none", "rescale")))
 
 
 @pytest.mark.slow
 @CAPABILITIES
-@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "weight",
     [gptq_weight(*kind) for kind in GPTQ_KINDS] + [bitblas_weight(*kind, act_order=True) for kind in BITBLAS_KINDS],

@@ -81,6 +81,14 @@ def test_three_bits() -> None:
     assert "not for 3" in str(BITBLAS_FUSED.can_run(whole))
 
 
+@needs_triton
+def test_groups_that_cross_words() -> None:
+    odd = needing(group_size=20, shape=(64, 160))
+    assert BITBLAS["triton"].can_run(odd) is None
+    assert GPTQ_FUSED.can_run(odd) is None
+    assert "a multiple of 8 inputs, not of 20" in str(BITBLAS_FUSED.can_run(odd))
+
+
 @KERNELS
 def test_without_triton(kernels: Mapping[str, Kernel[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)

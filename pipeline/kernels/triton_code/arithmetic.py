@@ -51,12 +51,34 @@ def rounded(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(w_NW, x_WM, sum_NM, INTERPRETED: tl.constexpr):
-    """W x + sum in float32; both operands in the activations' dtype."""
-    if INTERPRETED:
-        return tl.dot(w_NW.to(tl.float32), x_WM.to(tl.float32), sum_NM, input_precision="ieee")
-    else:
-        return tl.dot(w_NW, x_WM, sum_NM, input_precision="ieee")
+def add_products(
+    sums,
+    w_NU,
+    x_1M,
+    m,
+    u,
+    field,
+    M,
+    U,
+    FIELDS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The sums [N, M] of each tile of rows plus W's block of one field times that field of x [M, F, U]."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    added = ()
+    for tile in tl.static_range(ROW_TILES):
+        inside_UM = (m + tile * BLOCK_M < M)[None, :]
+        if not EVEN:
+            inside_UM = inside_UM & (u < U)[:, None]
+        x_UM = tl.load(x_1M + (tile * BLOCK_M * FIELDS + field) * U + u[:, None], mask=inside_UM, other=0)
+        if INTERPRETED:
+            sum_NM = tl.dot(w_NU.to(tl.float32), x_UM.to(tl.float32), sums[tile], input_precision="ieee")
+        else:
+            sum_NM = tl.dot(w_NU, x_UM, sums[tile], input_precision="ieee")
+        added = added + (sum_NM,)
+    return added
 
 
 @triton.jit

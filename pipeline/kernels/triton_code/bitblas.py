@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pipeline.kernels.triton_code.arithmetic import difference, multiply_add, rounded, store_rows, whole
+from pipeline.kernels.triton_code.arithmetic import add_products, difference, rounded, store_rows, whole
 
 
 @triton.jit
@@ -67,7 +67,8 @@ def linear_bitblas(
 ):
     """out [M, N] = x W^T + b, x as [M, F, U] with its inputs in the packed order; tiles as in `linear_gptq`.
 
-    OFFSET is what every code has too much: half the range where there are no zeros or codes are signed.
+    Groups are whole units. OFFSET is what every code has too much: half the range where there are no zeros or codes
+    are signed.
     """
     m = tl.program_id(0) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -84,23 +85,13 @@ def linear_bitblas(
         if GROUP_SIZE % (BLOCK_U * FIELDS) == 0:
             group = first * FIELDS // GROUP_SIZE
             scale, zero = statistics(scales_ptr, zeros_ptr, n_N1, group, inside_N1, G)
-        elif GROUP_SIZE % FIELDS == 0:
+        else:
             group = (u * FIELDS // GROUP_SIZE)[None, :]
             scale, zero = statistics(scales_ptr, zeros_ptr, n_N1, group, inside_NU, G)
         for field in tl.static_range(FIELDS):
-            if GROUP_SIZE % FIELDS != 0:
-                group = ((u * FIELDS + field) // GROUP_SIZE)[None, :]
-                scale, zero = statistics(scales_ptr, zeros_ptr, n_N1, group, inside_NU, G)
             codes_NU = field_codes(units_NU, OFFSET, field, BITS)
             w_NU = rounded(scaled(codes_NU, scale, zero, ZEROS), x_ptr.dtype.element_ty, INTERPRETED)
-            added = ()
-            for tile in tl.static_range(ROW_TILES):
-                inside_1M = (m + tile * BLOCK_M < M)[None, :]
-                inside_UM = inside_1M if EVEN else inside_1M & (u < U)[:, None]
-                x_UM = x_1M + (tile * BLOCK_M * FIELDS + field) * U + u[:, None]
-                x_UM = tl.load(x_UM, mask=inside_UM, other=0)
-                added = added + (multiply_add(w_NU, x_UM, sums[tile], INTERPRETED),)
-            sums = added
+            sums = add_products(sums, w_NU, x_1M, m, u, field, M, U, FIELDS, ROW_TILES, EVEN, INTERPRETED)
     for tile in tl.static_range(ROW_TILES):
         store_rows(sums[tile], bias_ptr, out_ptr, m + tile * BLOCK_M, n, M, N, INTERPRETED)
 

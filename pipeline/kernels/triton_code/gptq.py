@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from pipeline.kernels.triton_code.arithmetic import (
+    add_products,
     difference,
     difference_half,
-    multiply_add,
     rounded,
     store_rows,
     whole,
@@ -58,7 +58,7 @@ def linear_gptq(
 
     Each tile of BLOCK_M rows has its own sum and products of its own, all of one shape: the bits of a row are the
     same however many tiles there are. `group_ptr`, the group of each input, is None where groups are whole units
-    in order. EVEN says that BLOCK_U divides U.
+    in order; to look them up is slow. EVEN says that BLOCK_U divides U.
     """
     m = tl.program_id(0) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,25 +78,20 @@ def linear_gptq(
             else:
                 group = (u * FIELDS // GROUP_SIZE)[:, None]
                 zero, scale = statistics(zeros_ptr, scales_ptr, group, n[None, :], inside_UN, N, HALF)
-        for field in tl.static_range(FIELDS):
-            if group_ptr is not None:
+            for field in tl.static_range(FIELDS):
+                if HALF:
+                    w_UN = difference_half(words_UN, zero, field * BITS, BITS) * scale
+                else:
+                    w_UN = difference(words_UN, zero, field * BITS, BITS) * scale
+                w_NU = tl.trans(rounded(w_UN, x_ptr.dtype.element_ty, INTERPRETED))
+                sums = add_products(sums, w_NU, x_1M, m, u, field, M, U, FIELDS, ROW_TILES, EVEN, INTERPRETED)
+        else:
+            for field in range(FIELDS):
                 group = tl.load(group_ptr + u * FIELDS + field, mask=u < U, other=0)[:, None]
-                zero, scale = statistics(zeros_ptr, scales_ptr, group, n[None, :], inside_UN, N, HALF)
-            if HALF:
-                w_UN = difference_half(words_UN, zero, field * BITS, BITS) * scale
-            else:
-                w_UN = rounded(
-                    difference(words_UN, zero, field * BITS, BITS) * scale, x_ptr.dtype.element_ty, INTERPRETED
-                )
-            w_NU = tl.trans(w_UN)
-            added = ()
-            for tile in tl.static_range(ROW_TILES):
-                inside_1M = (m + tile * BLOCK_M < M)[None, :]
-                inside_UM = inside_1M if EVEN else inside_1M & inside_U1
-                x_UM = x_1M + (tile * BLOCK_M * FIELDS + field) * U + u[:, None]
-                x_UM = tl.load(x_UM, mask=inside_UM, other=0)
-                added = added + (multiply_add(w_NU, x_UM, sums[tile], INTERPRETED),)
-            sums = added
+                zero, scale = statistics(zeros_ptr, scales_ptr, group, n[None, :], inside_UN, N, False)
+                codes_UN = (words_UN >> (field * BITS)) & ((1 << BITS) - 1)
+                w_NU = tl.trans(rounded(whole(codes_UN, zero) * scale, x_ptr.dtype.element_ty, INTERPRETED))
+                sums = add_products(sums, w_NU, x_1M, m, u, field, M, U, FIELDS, ROW_TILES, EVEN, INTERPRETED)
     for tile in tl.static_range(ROW_TILES):
         store_rows(sums[tile], bias_ptr, out_ptr, m + tile * BLOCK_M, n, M, N, INTERPRETED)
 
