@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay together, since they share what is slow to make; a thread each, since workers fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow check lint format wheel clean setup
 
@@ -11,10 +13,10 @@ demo: setup
 	$(BIN)/python -m pipeline
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.kernels.need import Need
 from pipeline.kernels.packed_bitblas import BitblasWeight
 from pipeline.kernels.triton_launch import Launch, cover, obstacle, start
-from pipeline.kernels.triton_tiles import BLOCK_K, BLOCK_M, BLOCK_N, DENSE_N, ONE_GROUP, WARPS, linear_tile
+from pipeline.kernels.triton_tiles import BLOCK_K, BLOCK_M, BLOCK_N, DENSE_N, DENSE_WARPS, ONE_GROUP, WARPS, linear_tile
 
 BITS = (2, 4, 8)
 
@@ -58,7 +58,7 @@ def dequantize_launch(weight: BitblasWeight, out_NK: Tensor) -> Launch:
     arguments = {**_arguments(weight), "order_ptr": weight.order_K, "out_ptr": out_NK}
     constants = {**_format(weight), "BLOCK_N": DENSE_N, "BLOCK_U": BLOCK_K // fields_of(weight.bits)}
     grid = (cover(inputs, BLOCK_K), cover(outputs, DENSE_N))
-    return Launch(function=dequantize_bitblas, arguments=arguments, constants=constants, grid=grid, warps=4)
+    return Launch(function=dequantize_bitblas, arguments=arguments, constants=constants, grid=grid, warps=DENSE_WARPS)
 
 
 def linear_launch(x_MFU: Tensor, weight: BitblasWeight, bias_N: Tensor | None, out_MN: Tensor) -> Launch:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.kernels.need import Need
 from pipeline.kernels.packed_gptq import WORD_BITS, GptqWeight
 from pipeline.kernels.triton_launch import Launch, cover, obstacle, start
-from pipeline.kernels.triton_tiles import BLOCK_K, BLOCK_M, BLOCK_N, DENSE_N, ONE_GROUP, WARPS, linear_tile
+from pipeline.kernels.triton_tiles import BLOCK_K, BLOCK_M, BLOCK_N, DENSE_N, DENSE_WARPS, ONE_GROUP, WARPS, linear_tile
 
 BITS = (2, 3, 4, 8)
 LINEAR_BITS = (2, 4, 8)
@@ -56,7 +56,7 @@ def dequantize_launch(weight: GptqWeight, out_NK: Tensor) -> Launch:
     arguments = {**_arguments(weight, fields), "out_ptr": out_NK}
     constants = {**_format(weight, fields), "BLOCK_N": DENSE_N, "BLOCK_U": BLOCK_K // fields}
     grid = (cover(inputs, BLOCK_K), cover(outputs, DENSE_N))
-    return Launch(function=dequantize_gptq, arguments=arguments, constants=constants, grid=grid, warps=4)
+    return Launch(function=dequantize_gptq, arguments=arguments, constants=constants, grid=grid, warps=DENSE_WARPS)
 
 
 def linear_launch(x_MFU: Tensor, weight: GptqWeight, bias_N: Tensor | None, out_MN: Tensor) -> Launch:

@@ -18,6 +18,7 @@ WARPS = 2
 BLOCK_K = 128
 """Inputs, of DENSE_N outputs, that a program dequantizes for a dense product."""
 DENSE_N = 64
+DENSE_WARPS = 8
 ONE_GROUP = 1 << 30
 """The size of a group that has all inputs, as the kernels take it: any block of inputs divides it."""
 PREFETCH_BYTES = 64 << 10

@@ -77,7 +77,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     for job, (name, method, dtype) in JOBS.items():
         target = {"target": str(root / f"{job}.out")} if "written" in job else {}
         jobs.append({"folder": str(folders[name]), "method": method, "dtype": dtype, **target})
-    program = [sys.executable, str(Path(__file__).with_name("load_memory.py"))]
+    program = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "load_memory.py")]
     done = subprocess.run(program, input=json.dumps(jobs), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(JOBS, map(json.loads, done.stdout.splitlines()), strict=True))

@@ -1,7 +1,8 @@
-"""Loads checkpoints in a process of its own and reports the anonymous memory that it takes, as JSON lines.
+"""Loads checkpoints in a process of its own and reports seconds and the anonymous memory that it takes, as JSON lines.
 
 Reads a JSON list of jobs from standard input: `folder`, `method` (of quant) and `dtype`; with a `target` the
-checkpoint is quantized to that folder instead. Mapped files do not count as anonymous memory.
+checkpoint is quantized to that folder instead, and with `peer` transformers loads it. Mapped files do not count as
+anonymous memory. The first job only warms up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.peak = anonymous_bytes()
+        self._started = time.perf_counter()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
@@ -48,13 +51,16 @@ class Watch:
             self.peak = max(self.peak, anonymous_bytes())
 
     def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self._started
         self._done.set()
         self._thread.join()
         self.peak = max(self.peak, anonymous_bytes())
 
 
-def load(job: dict[str, Any]) -> dict[str, int]:
+def load(job: dict[str, Any]) -> dict[str, float]:
     folder, dtype = job["folder"], getattr(torch, job["dtype"])
+    if job.get("peer"):
+        return load_with_transformers(folder, job["method"], dtype)
     checkpoint = open_checkpoint(folder)
     spec = resolve_spec(QuantSettings(method=job["method"]), checkpoint.quantization, folder)
     needs = needs_of(spec, spec.stored_modules(checkpoint.tensors), "cpu", None, dtype)
@@ -65,18 +71,34 @@ def load(job: dict[str, Any]) -> dict[str, int]:
     if "target" in job:
         with Watch() as watch:
             export(checkpoint, config, quant, dtype, Path(job["target"]))
-        return {"before": before, "peak": watch.peak, "after": anonymous_bytes(), "quantized": 0, "other": 0}
+        return measured(before, watch, 0, 0)
     with Watch() as watch:
         model = load_model(checkpoint, config, quant, dtype, torch.device("cpu"))
     tensors = {t.data_ptr(): t for t in (*model.model.parameters(), *model.model.buffers())}
-    cast = [t for t in tensors.values() if t.dtype != torch.bfloat16]
-    return {
-        "before": before,
-        "peak": watch.peak,
-        "after": anonymous_bytes(),
-        "quantized": sum(linear.stored_bytes for _, linear in model.quant_linears()),
-        "other": sum(t.nbytes for t in cast),  # the file's own dtype stays mapped
-    }
+    cast = [t for t in tensors.values() if t.dtype != torch.bfloat16]  # the file's own dtype stays mapped
+    stored = sum(linear.stored_bytes for _, linear in model.quant_linears())
+    return measured(before, watch, stored, sum(t.nbytes for t in cast))
+
+
+def measured(before: int, watch: Watch, quantized: int, other: int) -> dict[str, float]:
+    """Bytes before, at most and after; of them those of quantized weights and of others that had to be cast."""
+    sizes = {"before": before, "peak": watch.peak, "after": anonymous_bytes(), "quantized": quantized, "other": other}
+    return {**sizes, "seconds": watch.seconds}
+
+
+def load_with_transformers(folder: str, method: str, dtype: torch.dtype) -> dict[str, float]:
+    """The same checkpoint by `from_pretrained`, for comparison."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    asked = {"quantization_config": four_bits} if method == "bnb" else {}
+    before = anonymous_bytes()
+    with Watch() as watch:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **asked)
+    stored = sum(p.nbytes for p in model.parameters() if p.dtype == torch.uint8)
+    return measured(before, watch, stored, 0)
 
 
 def export(checkpoint: Any, config: Any, quant: Any, dtype: torch.dtype, folder: Path) -> None:
@@ -92,7 +114,7 @@ def warm_up(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(sys.argv[1]) if sys.argv[1:] else 1)
     jobs = json.load(sys.stdin)
     warm_up(jobs.pop(0)["folder"])
     for each in jobs:
