@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -39,7 +39,8 @@ class Kernel(Generic[Weight]):
     """One implementation for one weight format.
 
     `can_run` answers with the reason why not, or None. `dequantize` gives the weight [N, K] in a dtype, for a
-    dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs.
+    dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs, with
+    `few_rows` in passes of at most so many rows. Which one runs depends on the shape of a pass alone.
     `prepare` is called with the needs and the device before weights are loaded, where there is something to
     compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for, or None.
     """
@@ -48,12 +49,26 @@ class Kernel(Generic[Weight]):
     can_run: Callable[[Need], str | None]
     dequantize: Callable[[Weight, torch.dtype], Tensor]
     linear: Callable[[Tensor, Weight, Tensor | None], Tensor] | None = None
+    few_rows: int | None = None
     prepare: Callable[[Sequence[Need], torch.device, Progress], None] | None = None
     passed_over: Callable[[Need], str | None] | None = None
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether some passes run a dense product."""
+        return self.linear is None or self.few_rows is not None
+
+
+FEW_ROWS = 64
+"""Up to which a product with packed weights reads less than a dense one, if the dense weight is not there yet."""
 
 
 def _anywhere(need: Need) -> str | None:
     return None
+
+
+def _for_few_rows(need: Need) -> str | None:
+    return "pays where few rows share a pass and dense weights are not kept; runs only when asked for"
 
 
 BNB_4BIT: Mapping[str, Kernel[Packed4bit]] = {
@@ -72,6 +87,14 @@ GPTQ: Mapping[str, Kernel[GptqWeight]] = {
         can_run=triton_gptq.can_run,
         passed_over=triton_launch.passed_over,
         dequantize=triton_gptq.dequantize,
+    ),
+    "triton-fused": Kernel(
+        name="triton-fused",
+        can_run=triton_gptq.can_run_linear,
+        passed_over=_for_few_rows,
+        dequantize=triton_gptq.dequantize,
+        linear=triton_gptq.linear,
+        few_rows=FEW_ROWS,
     ),
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_gptq_reference),
 }
@@ -97,15 +120,17 @@ BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
         passed_over=triton_launch.passed_over,
         dequantize=triton_bitblas.dequantize,
     ),
+    "triton-fused": Kernel(
+        name="triton-fused",
+        can_run=triton_bitblas.can_run_linear,
+        passed_over=_for_few_rows,
+        dequantize=triton_bitblas.dequantize,
+        linear=triton_bitblas.linear,
+        few_rows=FEW_ROWS,
+    ),
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_bitblas_reference),
 }
 """Of each format the fastest first: `auto` takes the first that can run."""
-
-GPTQ_FUSED: Kernel[GptqWeight] = replace(GPTQ["triton"], can_run=triton_gptq.can_run_linear, linear=triton_gptq.linear)
-BITBLAS_FUSED: Kernel[BitblasWeight] = replace(
-    BITBLAS["triton"], can_run=triton_bitblas.can_run_linear, linear=triton_bitblas.linear
-)
-"""With products of their own, which pay where few rows share a pass; nothing chooses them yet."""
 
 
 def bitblas_kernels(tuning_cache: Path | None) -> Mapping[str, Kernel[BitblasWeight]]:

@@ -32,7 +32,7 @@ class Float32Head(nn.Module):
 
 
 class Float32QuantHead(nn.Module):
-    """The same for a quantized head, which is dequantized to the model's dtype for each pass unless it is cached."""
+    """The same for a quantized head: its weight in the model's dtype, unless the kernel never makes one."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Float32QuantHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to float32 [..., N]."""
-        if self.linear.kernel.linear is not None:
+        if not self.linear.kernel.dequantizes:
             out: Tensor = self.linear(x)
             return out.float()
         bias = self.linear.bias

@@ -164,7 +164,7 @@ def resolve_runtime(
         dtype=dtype,
         device_type=device.type,
         budget=memory_budget(config.model, device, config.place),
-        dense_product=quant is not None and quant.kernel.linear is None,
+        dense_product=quant is not None and quant.kernel.dequantizes,
         adapter_bytes=0 if adapter is None else adapter.num_bytes(dtype.itemsize),
     )
     if stored_shapes is None:

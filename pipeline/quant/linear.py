@@ -14,8 +14,9 @@ from pipeline.kernels.registry import Kernel, PackedWeight
 class QuantLinear(nn.Module):
     """y = x W^T + b with W [N, K] kept quantized; x is [..., K] in the model's dtype.
 
-    A kernel with a product of its own runs that. For the others the weight is dequantized for each pass, or
-    once with `cache_weight`; both give the same bits, since the product is the same dense one.
+    A kernel with a product of its own runs that, some kernels only in passes of few rows. For the others the weight
+    is dequantized for each pass, or once with `cache_weight`; both give the same bits, since the product is the same
+    dense one.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel[Any]) -> None:
@@ -63,7 +64,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        if self.kernel.linear is not None:
-            out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        x_MK = x.reshape(-1, self.in_features)
+        if self.kernel.linear is not None and x_MK.shape[0] <= (self.kernel.few_rows or x_MK.shape[0]):
+            out: Tensor = self.kernel.linear(x_MK, self.weight, self.bias)
             return out.reshape(*x.shape[:-1], self.out_features)
         return F.linear(x, self.dense_weight(), self.bias)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 METHODS = ("auto", "none", "bnb", "bnb-fp4", "bnb-int8", "gptq", "bitblas")
-KERNELS = ("auto", "reference", "bitsandbytes", "bitblas", "triton")
+KERNELS = ("auto", "reference", "bitsandbytes", "bitblas", "triton", "triton-fused")
 DEFAULT_THRESHOLD = 6.0
 """The outlier threshold of LLM.int8() in its paper."""
 

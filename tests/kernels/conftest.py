@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton_process import TritonProcess
+from triton_process import HAS_TRITON, TritonProcess
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DEVICES = [
     "interpreter",
     pytest.param(

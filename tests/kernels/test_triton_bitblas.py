@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_checks import DTYPES, bit_stream, check_invariance, check_product
 
 from pipeline.kernels.packed_bitblas import BitblasWeight, ZerosMode
-from pipeline.kernels.registry import BITBLAS, BITBLAS_FUSED
+from pipeline.kernels.registry import BITBLAS
 
 SHAPES = [(72, 96, 32), (33, 192, 96), (40, 160, 20), (64, 288, 128), (7, 320, 320)]
 """Outputs, inputs and group size: of whole words or not, several in a block of the kernel or one in several."""
@@ -118,11 +118,11 @@ def test_a_product(
     weight, values_NK = random_weight(shape, bits, mode, act_order=mode == "rescale")
     x_MK, bias_N = activations(19, weight, dtype)
     bias = None if mode == "none" else bias_N
-    check_product(run_triton(BITBLAS_FUSED.linear, x_MK, weight, bias), x_MK, values_NK.to(dtype), bias)
+    check_product(run_triton(BITBLAS["triton-fused"].linear, x_MK, weight, bias), x_MK, values_NK.to(dtype), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_do_not_depend_on_the_others(run_triton: Callable[..., Tensor], dtype: torch.dtype) -> None:
     weight, _ = random_weight((40, 160, 32), 4, "original")
     x_MK, bias_N = activations(40, weight, dtype)
-    check_invariance(lambda rows_MK: run_triton(BITBLAS_FUSED.linear, rows_MK, weight, bias_N), x_MK)
+    check_invariance(lambda rows_MK: run_triton(BITBLAS["triton-fused"].linear, rows_MK, weight, bias_N), x_MK)

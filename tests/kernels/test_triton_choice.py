@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_TRITON
+from triton_process import HAS_TRITON
 
 from pipeline.errors import ConfigError
 from pipeline.kernels.need import Need
-from pipeline.kernels.registry import BITBLAS, BITBLAS_FUSED, GPTQ, GPTQ_FUSED, Kernel, choose
+from pipeline.kernels.registry import BITBLAS, GPTQ, Kernel, choose
 
 KERNELS = pytest.mark.parametrize("kernels", [GPTQ, BITBLAS], ids=["gptq", "bitblas"])
 H200 = Need(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, bits=4, group_size=128, shape=(4096, 4096))
@@ -76,17 +76,17 @@ def test_three_bits() -> None:
     whole, part = needing(bits=3), needing(bits=3, shape=(64, 80))
     assert GPTQ["triton"].can_run(whole) is None
     assert "multiples of 32, not 80" in str(GPTQ["triton"].can_run(part))
-    assert "not for 3" in str(GPTQ_FUSED.can_run(whole))
+    assert "not for 3" in str(GPTQ["triton-fused"].can_run(whole))
     assert "not for 3" in str(BITBLAS["triton"].can_run(whole))
-    assert "not for 3" in str(BITBLAS_FUSED.can_run(whole))
+    assert "not for 3" in str(BITBLAS["triton-fused"].can_run(whole))
 
 
 @needs_triton
 def test_groups_that_cross_words() -> None:
     odd = needing(group_size=20, shape=(64, 160))
     assert BITBLAS["triton"].can_run(odd) is None
-    assert GPTQ_FUSED.can_run(odd) is None
-    assert "a multiple of 8 inputs, not of 20" in str(BITBLAS_FUSED.can_run(odd))
+    assert GPTQ["triton-fused"].can_run(odd) is None
+    assert "a multiple of 8 inputs, not of 20" in str(BITBLAS["triton-fused"].can_run(odd))
 
 
 @KERNELS

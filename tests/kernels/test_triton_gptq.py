@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_checks import DTYPES, bit_stream, check_invariance, check_product
 
 from pipeline.kernels.packed_gptq import GptqWeight
-from pipeline.kernels.registry import GPTQ, GPTQ_FUSED
+from pipeline.kernels.registry import GPTQ
 
 SHAPES = [(72, 96, 32), (33, 192, 96), (40, 160, 20), (64, 288, 128), (7, 320, 320)]
 """Outputs, inputs and group size: of whole words or not, several in a block of the kernel or one in several."""
@@ -70,7 +70,7 @@ def test_scales_may_have_any_dtype(run_triton: Callable[..., Tensor], scales: to
     weight, values_NK = random_weight((40, 256, 128), 4, scales=scales)
     assert torch.equal(run_triton(GPTQ["triton"].dequantize, weight, dtype), values_NK.to(dtype))
     x_MK, bias_N = activations(5, weight, dtype)
-    check_product(run_triton(GPTQ_FUSED.linear, x_MK, weight, bias_N), x_MK, values_NK.to(dtype), bias_N)
+    check_product(run_triton(GPTQ["triton-fused"].linear, x_MK, weight, bias_N), x_MK, values_NK.to(dtype), bias_N)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,16 +82,16 @@ def test_a_product(
     weight, values_NK = random_weight(shape, bits, act_order=shape == SHAPES[1])
     x_MK, bias_N = activations(19, weight, dtype)
     bias = None if shape == SHAPES[2] else bias_N
-    check_product(run_triton(GPTQ_FUSED.linear, x_MK, weight, bias), x_MK, values_NK.to(dtype), bias)
+    check_product(run_triton(GPTQ["triton-fused"].linear, x_MK, weight, bias), x_MK, values_NK.to(dtype), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_do_not_depend_on_the_others(run_triton: Callable[..., Tensor], dtype: torch.dtype) -> None:
     weight, _ = random_weight((40, 160, 32), 4)
     x_MK, bias_N = activations(40, weight, dtype)
-    check_invariance(lambda rows_MK: run_triton(GPTQ_FUSED.linear, rows_MK, weight, bias_N), x_MK)
+    check_invariance(lambda rows_MK: run_triton(GPTQ["triton-fused"].linear, rows_MK, weight, bias_N), x_MK)
 
 
 def test_no_rows(run_triton: Callable[..., Tensor]) -> None:
     weight, _ = random_weight((72, 288, 96), 4)
-    assert run_triton(GPTQ_FUSED.linear, torch.empty(0, 288), weight, None).shape == (0, 72)
+    assert run_triton(GPTQ["triton-fused"].linear, torch.empty(0, 288), weight, None).shape == (0, 72)

@@ -182,8 +182,14 @@ def test_whether_rows_are_independent(overrides: list[str], invariant: bool) -> 
 
 def test_every_kernel_answers_and_auto_is_what_a_run_takes(tmp_path: Path) -> None:
     said = facts("quant=bnb")["place"]
-    assert [answer["name"] for answer in said["kernels"]] == ["reference", "bitsandbytes", "bitblas", "triton"]
-    assert [answer["can_run"] for answer in said["kernels"]] == [True, True, False, False]
+    assert [answer["name"] for answer in said["kernels"]] == [
+        "reference",
+        "bitsandbytes",
+        "bitblas",
+        "triton",
+        "triton-fused",
+    ]
+    assert [answer["can_run"] for answer in said["kernels"]] == [True, True, False, False, False]
     assert all(bool(answer["reason"]) is not answer["can_run"] for answer in said["kernels"])
     run = ["quant=bnb", f"data.path={TICKETS}", f"output.dir={tmp_path}", "task.prompt='{{ ticket }}'", "dry_run=true"]
     assert json.loads(run_here(*run).done().out)["runs"]["resolved.kernel"] == said["auto_kernel"] == said["kernel"]

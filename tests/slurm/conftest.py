@@ -12,11 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 
 from harness import results, run_cli
-from lab import SlurmLab, missing_programs
+from lab import SlurmLab, missing_programs, run_args
 
 REQUIRED = "PIPELINE_TESTS_NEED_SLURM"
 """Set where Slurm has been installed for the tests (.ci/run): then nothing may be skipped for want of it."""
-CHUNK_ROWS = 40
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +40,3 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_cli(*run_args(out)).done()
     assert results(out).num_rows == 2000
     return out
-
-
-def run_args(out: Path) -> list[str]:
-    """The demo, in 50 chunks, on the CPU."""
-    return ["experiment=demo", f"output.dir={out}", f"data.chunk_rows={CHUNK_ROWS}", "model.device=cpu"]

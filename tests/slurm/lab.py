@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NODES = ("n1", "n2")
+CHUNK_ROWS = 40
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 START_S = 30.0
@@ -214,3 +215,8 @@ def _lives(pid: int) -> bool:
         return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def run_args(out: Path) -> list[str]:
+    """The demo, in 50 chunks, on the CPU."""
+    return ["experiment=demo", f"output.dir={out}", f"data.chunk_rows={CHUNK_ROWS}", "model.device=cpu"]

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from conftest import CHUNK_ROWS, run_args
 from harness import REPOSITORY, Ended, environment, nothing_left_over, parts, stats, write
-from lab import SlurmLab
+from lab import CHUNK_ROWS, SlurmLab, run_args
 
 pytestmark = pytest.mark.slow
 
