@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -266,19 +267,17 @@ def test_what_cannot_be_finished_before_the_end_of_the_job_is_not_begun(
 ) -> None:
     """Chunks in flight are committed, claims given back, and the next job goes on."""
     out = tmp_path / "out"
-    command = args(small_model, many, out, "launcher.margin_s=5", "sampling.max_new_tokens=60")
-    ends_at = {}
+    command = args(small_model, many, out, "launcher.margin_s=10")
     codes = []
-    for attempt in range(40):
-        env = environment(SLURM_JOB_ID=str(attempt), SLURM_JOB_END_TIME=str(int(time.time()) + 22))
-        ends_at[attempt] = time.time() + 22
+    for job, seconds in enumerate((12, 25, 45, None)):
+        ends_at = time.time() + (seconds or 3600)
+        env = environment(SLURM_JOB_ID=str(job), SLURM_JOB_END_TIME=str(int(ends_at)))
+        before = len(parts(out))
         one = run_cli(*command, env=env)
-        assert time.time() < ends_at[attempt], "it ended before Slurm would have ended it"
+        assert time.time() < ends_at or len(parts(out)) == before, "it ended before Slurm would have ended it"
         assert nothing_left_over(out)
+        assert one.code == 0 or (one.code == 75 and re.search("Slurm job|while loading", one.err)), one.err
         codes.append(one.code)
-        if one.code == 0:
-            break
-        assert one.code == 75 and "Slurm job" in one.err, one.err
-    assert codes[-1] == 0
+    assert codes[0] == 75 and codes[-1] == 0
     assert_all_there(out, alone)
-    assert {one["job"] for one in stats(out)} <= {str(attempt) for attempt in ends_at}
+    assert {one["job"] for one in stats(out)} <= set("0123")
