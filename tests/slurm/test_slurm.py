@@ -19,9 +19,6 @@ pytestmark = pytest.mark.slow
 
 JOBS = REPOSITORY / "jobs"
 NUM_CHUNKS = 2000 // CHUNK_ROWS
-IMPORTS_S = 3.0
-"""What a process takes before its own clock starts."""
-NOT_SEEN = pytest.mark.xfail(strict=False, reason="rewritten, and not yet seen to pass on a quiet machine")
 
 
 class Cluster:
@@ -105,7 +102,6 @@ def test_submit_makes_an_array_and_a_look_at_it(cluster: Cluster, alone: Path) -
     assert all(job.endswith(f"_{shard}") for job, shard in shards.items())
 
 
-@NOT_SEEN
 def test_killed_told_to_stop_and_preempted(cluster: Cluster, alone: Path) -> None:
     """One task dies for good, one is told to stop, and then all that run are preempted."""
     lab = cluster.lab
@@ -149,17 +145,18 @@ def workers_left(out: Path) -> bool:
     return subprocess.run(["pgrep", "-f", f"pipeline .*output.dir={out}"], capture_output=True).returncode == 0
 
 
-@NOT_SEEN
 def test_a_time_limit_is_planned_by(cluster: Cluster, alone: Path) -> None:
-    """The time is enough for about half of the rows: the job saves what it can, and the next start goes on."""
-    [one] = stats(alone)
-    half = one["wall_s"] + IMPORTS_S - one["generate_s"] / 2
-    job = cluster.sbatch("label.sbatch", "--time=1", "--signal=CONT@1", f"launcher.margin_s={max(5, 60 - half):.0f}")
-    assert cluster.finished(job).startswith("COMPLETED"), cluster.log()
+    """Seven seconds are too few for all rows: each start saves what it can. Within a minute a start gets on."""
+    said = {}
+    for margin_s, requeues in ((53, 2), (5, 20)):
+        options = [f"launcher.margin_s={margin_s}", "--time=1", "--signal=CONT@1"]
+        job = cluster.sbatch("label.sbatch", *options, REQUEUES=str(requeues))
+        said[margin_s] = cluster.finished(job)
+        assert "Slurm job" in cluster.log() or "while loading" in cluster.log()
+        assert "DUE TO TIME LIMIT" not in cluster.log()
+        assert margin_s == 5 or (restarts(cluster.lab, job) == 2 and len(parts(cluster.out)) < NUM_CHUNKS)
+    assert said[53].startswith("FAILED") and said[5].startswith("COMPLETED"), cluster.log()
     assert_as_alone(cluster.out, alone)
-    assert restarts(cluster.lab, job) >= 1
-    assert "Slurm job" in cluster.log()
-    assert "DUE TO TIME LIMIT" not in cluster.log()
 
 
 def test_eight_tasks_are_cancelled_and_three_finish(cluster: Cluster, alone: Path) -> None:
@@ -173,7 +170,6 @@ def test_eight_tasks_are_cancelled_and_three_finish(cluster: Cluster, alone: Pat
     assert_as_alone(cluster.out, alone)
 
 
-@NOT_SEEN
 def test_a_full_disk_is_a_failure_and_room_lets_it_go_on(cluster: Cluster, alone: Path) -> None:
     """A limit on the size of files, which Slurm hands on to the job, stands for the full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -238,7 +234,6 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-@NOT_SEEN
 def test_a_second_submission_leaves_a_locked_one_alone(cluster: Cluster) -> None:
     submit = ["pipeline.submit", *cluster.args, "--lock=true", "--tasks=2"]
     first = cluster.python(*submit).done()
