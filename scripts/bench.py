@@ -89,6 +89,12 @@ def make_rows(workload: str, count: int, device: str, vocab: int, seed: int) -> 
     return rows
 
 
+def common_head(rows: Sequence[Row]) -> tuple[int, ...]:
+    """What all prompts begin with, as the pipeline knows it from the template."""
+    first, last = min(row.prompt for row in rows), max(row.prompt for row in rows)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
 def useful_tokens(rows: Sequence[Row]) -> int:
     return sum(len(row.prompt) + row.new_tokens for row in rows)
 
@@ -211,10 +217,12 @@ def timed(system: System, rows: Sequence[Row], device: str) -> float:
     return elapsed
 
 
-def best_batch(model: nn.Module, rows: Sequence[Row], device: str) -> tuple[int, dict[str, float]]:
+def best_batch(
+    model: nn.Module, rows: Sequence[Row], batches: Sequence[int], device: str
+) -> tuple[int, dict[str, float]]:
     """The batch size at which `generate` is fastest on these rows, and the seconds of each that was tried."""
     seconds: dict[str, float] = {}
-    for batch in BATCHES[device]:
+    for batch in batches:
         system = generate_system(model, batch)
         timed(system, rows[:batch], device)
         seconds[str(batch)] = timed(system, rows, device)
@@ -250,13 +258,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = make_rows(args.workload, args.rows, args.device, vocab, args.seed)
     with tempfile.TemporaryDirectory() as root:
         folder = make_checkpoint(Path(root) / "model", args.size, args.dtype)
-        engine, runs = engine_system(folder, args)
+        engine, runs = engine_system(folder, args, common_head(rows))
         print(runs["runs"], flush=True)
         systems: dict[str, System] = {"engine": engine}
         sweep: dict[str, float] = {}
         if "generate" in args.peers:
             peer = load_peer(folder, args)
-            batch, sweep = best_batch(peer, rows, args.device)
+            batch, sweep = best_batch(peer, rows, args.batches or BATCHES[args.device], args.device)
             systems[f"generate (batch {batch})"] = generate_system(peer, batch)
         if "generate_batch" in args.peers:
             systems["generate_batch"] = continuous_system(load_peer(folder, args))
@@ -282,6 +290,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["generate", "generate_batch"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", nargs="*", type=int, help="batch sizes to try for generate; all if absent")
     parser.add_argument("overrides", nargs="*", help="for the engine's configuration: engine.slots=64 ...")
     return parser.parse_args(arguments)
 
