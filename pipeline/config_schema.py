@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.engine.plan import ATTENTION, KV_DTYPES
 from pipeline.quant.spec import KERNELS
 
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
@@ -165,6 +166,9 @@ class EngineSchema:
         True, "run what prompts begin with once: the template's own beginning; a number: also every so many tokens"
     )
     dedup: bool = doc(True, "run equal requests once")
+    compile: Any = doc("auto", "decode steps as CUDA graphs: graphs, off, or auto: on CUDA, where they can be captured")
+    kv_dtype: str = doc("auto", f"of cached keys and values: {', '.join(KV_DTYPES)}; auto is the model's dtype")
+    attention: str = doc("auto", f"kernel that reads the cache: {', '.join(ATTENTION)}; auto is triton on CUDA")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.config_schema import COMPRESSIONS
 from pipeline.core import SamplingParams
-from pipeline.engine.plan import LEAST_SHARED, EngineSettings
+from pipeline.engine.plan import ATTENTION, COMPILE, KV_DTYPES, LEAST_SHARED, EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.launch.place import Place
 from pipeline.quant.gptq_spec import BITS
@@ -244,6 +244,9 @@ def _engine(values: Mapping[str, Any]) -> EngineSettings:
         ),
         share_prefix=_share_prefix(values["share_prefix"]),
         dedup=values["dedup"],
+        compile=_one_of("engine.compile", "off" if values["compile"] is False else values["compile"], COMPILE),
+        kv_dtype=_one_of("engine.kv_dtype", values["kv_dtype"], KV_DTYPES),
+        attention=_one_of("engine.attention", values["attention"], ATTENTION),
     )
 
 

@@ -17,12 +17,14 @@ def plan_of(job: Job, runtime: Runtime) -> dict[str, Any]:
     """The plan: configuration, files, rows, chunks left, shapes and memory."""
     return {
         "config": job.config.resolved,
-        "runs": runtime.resolved() | {"resolved.kernel_reason": runtime.kernel_reason},
+        "runs": runtime.resolved()
+        | {"resolved.kernel_reason": runtime.kernel_reason, "resolved.attention_reason": runtime.attention_reason},
         "files": [{"path": f.path, "rows": f.rows, "bytes": f.size} for f in job.files],
         "rows": job.num_rows,
         "chunks": len(job.chunks),
         "chunks_left": len(job.pending()),
         "shapes": runtime.shapes.as_dict(),
+        "static_shapes": [shape.describe() for shape in runtime.shapes.shapes],
         "memory_bytes": runtime.memory.as_dict(),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def answer_rows(
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = make_task(job, tokenizer)
     job.check_resolved(runtime.resolved())
-    noted = {"batch_invariant": runtime.spec.batch_invariant}
+    noted = {"batch_invariant": runtime.spec.batch_invariant, **runtime.threads()}
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
     if prompts.is_dated:  # with the date of the run, which another process may have begun
@@ -106,7 +106,7 @@ def answer_rows(
     if not pending or not more():
         return
     write_plan(job, runtime)
-    for line in (runtime.describe(), *job.notes()):
+    for line in (runtime.describe(), runtime.shapes.describe(), *job.notes(), *thread_notes(job, noted)):
         console.note(line)
     if not runtime.spec.batch_invariant:
         console.note(
@@ -132,8 +132,25 @@ def answer_rows(
     finally:
         stats.finish(time.perf_counter() - started)
         _count_engine(stats, engine, runtime)
+        if runtime.device.type == "cuda" and stats.eager and stats.decode_steps:
+            console.note(f"decode steps ran without CUDA graphs: {stats.eager}")
         recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
         write_stats(job.output, stats, recorder.intervals)
+
+
+def thread_notes(job: Job, noted: Mapping[str, Any]) -> list[str]:
+    """A warning where the run was begun with another number of compute threads, which can change a result's last bits.
+
+    It is no reason to refuse: machines that share a run may have different numbers of cores.
+    """
+    assert job.manifest is not None
+    then, now = job.manifest.informational.get("threads"), noted.get("threads")
+    if then is None or now is None or then == now:
+        return []
+    return [
+        f"this run was begun with {then} compute threads and goes on with {now}; matrix products can round otherwise, "
+        f"so set OMP_NUM_THREADS={then} where every last bit counts"
+    ]
 
 
 def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
@@ -205,6 +222,7 @@ def load_engine(
     stats.quantized_bytes = sum(linear.stored_bytes for linear in linears)
     stats.dequantized_bytes = sum(linear.cached_bytes for linear in linears)
     stats.kv_cache_bytes = runtime.shapes.kv_bytes
+    stats.shapes = len(runtime.shapes.shapes)
     return engine
 
 
@@ -270,6 +288,8 @@ def _count_engine(stats: RunStats, engine: RequestEngine, runtime: Runtime) -> N
     stats.prefilled_tokens = counters.prompt_tokens
     stats.prefill_passes = counters.prefill_passes
     stats.decode_steps = counters.decode_steps
+    stats.graphs = counters.graphs
+    stats.eager = engine.eager_reason or ""
     stats.prefill_s = counters.prefill_s
     stats.decode_s = counters.decode_s
     stats.peak_memory_bytes = peak_bytes(runtime.device)

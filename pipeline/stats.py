@@ -33,7 +33,8 @@ class RunStats:
     `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
     are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
     row's token. `prefilled_tokens` are prompt tokens that were run for a row, `prefix_tokens` those of
-    shared beginnings, each run once: fewer than `prompt_tokens` together where rows share. Rates are
+    shared beginnings, each run once: fewer than `prompt_tokens` together where rows share. `shapes` are the static
+    shapes there are, `graphs` the decode shapes that were captured, `eager` why others were not. Rates are
     per second of `generate_s`, over prompt and completion tokens and those of
     targets behind a prompt.
     """
@@ -55,6 +56,9 @@ class RunStats:
     padded_tokens: int = 0
     prefill_passes: int = 0
     decode_steps: int = 0
+    shapes: int = 0
+    graphs: int = 0
+    eager: str = ""
     load_s: float = 0.0
     generate_s: float = 0.0
     prefill_s: float = 0.0
@@ -68,6 +72,7 @@ class RunStats:
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0
     kernel: str = ""
+    attention: str = ""
     dtype: str = ""
     device: str = ""
     quantization: str = ""
@@ -101,6 +106,7 @@ class Interval:
     padded_tokens: int
     prefill_passes: int
     decode_steps: int
+    graphs: int
     prefill_s: float
     decode_s: float
 
@@ -143,8 +149,8 @@ def write_stats(store: Store, stats: RunStats, intervals: list[Interval]) -> Non
     _write(store, f"{STATS}/run-{name}.parquet", [asdict(stats)], [asdict(stats)])
     empty = Interval(
         run_id="", attempt="", ended_at=stats.started_at, seconds=0.0, rows=0, running=0, waiting=0, prompt_tokens=0,
-        prefix_tokens=0, completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, prefill_s=0.0,
-        decode_s=0.0,
+        prefix_tokens=0, completion_tokens=0, padded_tokens=0, prefill_passes=0, decode_steps=0, graphs=0,
+        prefill_s=0.0, decode_s=0.0,
     )  # fmt: skip
     _write(store, f"{STATS}/intervals-{name}.parquet", [asdict(i) for i in intervals], [asdict(empty)])
 
@@ -204,6 +210,7 @@ def with_identity(
         run_id=run_id,
         attempt=attempt,
         kernel=resolved["resolved.kernel"],
+        attention=resolved["resolved.attention"],
         dtype=resolved["resolved.dtype"],
         device=resolved["resolved.device"],
         quantization=resolved["resolved.quantization"],

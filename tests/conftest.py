@@ -94,7 +94,7 @@ def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
             kv_budget_bytes=1 << 30,
             kv_itemsize=dtype.itemsize,
         )
-        return EngineUnderTest(decoder, plan, geometry, dtype)
+        return EngineUnderTest(decoder, plan, geometry, dtype, float8=settings.kv_dtype != "auto")
 
     return build
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.core import Completion, FinishReason, Request, SamplingParams
 from pipeline.engine.attention import PackedPrefill, RowSpan
 from pipeline.engine.engine import NO_SPLITS, Engine
+from pipeline.engine.graphs import Recorder
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan, ModelGeometry
 from pipeline.engine.prefix import Splits
@@ -119,17 +120,25 @@ class EngineUnderTest:
     dtype: torch.dtype
     splits: Splits = NO_SPLITS
     prefix_tokens: int = 4096
+    float8: bool = False
 
-    def engine(self, decoder: TransformersDecoder | None = None, *, steps_per_poll: int | None = None) -> Engine:
+    def engine(
+        self,
+        decoder: TransformersDecoder | None = None,
+        *,
+        steps_per_poll: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> Engine:
         device = torch.device("cpu")
         engine = Engine(
             decoder or self.decoder,
             self.plan,
-            lambda c: KVCache(self.geometry, c, self.dtype, device),
+            lambda c: KVCache(self.geometry, c, self.dtype, device, float8=self.float8),
             device,
             text_of,
             self.splits,
             self.prefix_tokens,
+            recorder,
         )
         engine._steps_per_poll = steps_per_poll or engine._steps_per_poll
         return engine

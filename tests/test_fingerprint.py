@@ -106,6 +106,9 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         ("engine", "slots", 32),
         ("engine", "max_len", 32),
         ("engine", "prefill_tokens", 32),
+        ("engine", "compile", "off"),
+        ("engine", "kv_dtype", "float8_e4m3"),
+        ("engine", "attention", "reference"),
         ("output", "columns", ("text",)),
     ],
 )

@@ -17,7 +17,6 @@ from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.kernels.attention import (
     QUERY_BLOCK,
     AttentionRule,
-    attend_cache,
     attend_causal,
     attend_earlier,
     attend_reference,
@@ -189,7 +188,7 @@ def _attend_trie(
 
 @dataclass(frozen=True, slots=True)
 class SlotDecode:
-    """One token per slot: the tokens of the pass are the first B slots of the cache.
+    """One token per slot of the cache.
 
     `positions_B` is where each slot's token stands in its row.
     """
@@ -202,7 +201,5 @@ class SlotDecode:
     def attend(self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> Tensor:
         """Attention output [B, H, D] of each slot's token over its row so far, itself included."""
         self.cache.write(layer, self.slots_B, self.positions_B, k_KTD, v_KTD)
-        slots = self.slots_B.shape[0]
-        keys, values = self.cache.read(layer)
-        out_BHD, _ = attend_cache(q_HTD.transpose(0, 1), keys[:slots], values[:slots], self.positions_B + 1, rule)
+        out_BHD, _ = self.cache.attend(layer, q_HTD.transpose(0, 1), self.positions_B + 1, rule)
         return out_BHD

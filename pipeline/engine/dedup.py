@@ -30,6 +30,9 @@ class RequestEngine(Protocol):
     @property
     def waiting(self) -> int: ...
 
+    @property
+    def eager_reason(self) -> str | None: ...
+
     def submit(self, request: Request) -> None: ...
 
     def cancel(self, request_id: Hashable) -> None: ...
@@ -83,6 +86,11 @@ class DedupEngine:
     def waiting(self) -> int:
         """Answers asked for that have not reached the device, and will have to."""
         return self._engine.waiting
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why decode steps are not captured in graphs, or None."""
+        return self._engine.eager_reason
 
     def submit(self, request: Request) -> None:
         """Queue a request, or have it wait for an equal one."""

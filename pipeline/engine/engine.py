@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core import Completion, Request
+from pipeline.engine.graphs import Eager, Recorder
 from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.packing import (
     DecoderModel,
@@ -47,7 +48,8 @@ class Output:
 class EngineCounters:
     """Work done since the counters were made: real and padded token positions, and seconds.
 
-    `prompt_tokens` are those run row by row, `prefix_tokens` those of segments, which rows share.
+    `prompt_tokens` are those run row by row, `prefix_tokens` those of segments, which rows share; `graphs` are the
+    decode shapes that were captured.
     """
 
     prompt_tokens: int = 0
@@ -56,6 +58,7 @@ class EngineCounters:
     padded_tokens: int = 0
     prefill_passes: int = 0
     decode_steps: int = 0
+    graphs: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
@@ -76,11 +79,13 @@ class Engine:
         decode: Decode | None = None,
         splits: Splits = NO_SPLITS,
         prefix_tokens: int = PREFIX_TOKENS,
+        recorder: Recorder | None = None,
     ) -> None:
         """`make_cache` allocates a length class's keys and values, when the class is first used.
 
         `decode` turns token ids into text; only requests with stop texts need it. Prompts are cut at `splits`,
-        and the last `prefix_tokens` tokens of segments are kept.
+        and the last `prefix_tokens` tokens of segments are kept. `recorder` decides how decode steps are run; without
+        one they are called as they are.
         """
         self.plan = plan
         self.counters = EngineCounters()
@@ -88,6 +93,7 @@ class Engine:
         self._device = device
         self._make_cache = make_cache
         self._decode_text = decode
+        self._recorder = recorder or Eager("not asked for")
         self._steps_per_poll = STEPS_PER_POLL.get(device.type, 4)
         self._prefixes = PrefixRunner(splits, PrefixStore(prefix_tokens), self._run_beginnings)
         self._scoring: deque[Work] = deque()
@@ -104,6 +110,11 @@ class Engine:
     def waiting(self) -> int:
         """Answers asked for that have not reached the device."""
         return len(self._scoring) + sum(len(q) for q in self._waiting.values())
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why decode steps are not captured in graphs, or None."""
+        return self._recorder.eager_reason
 
     def submit(self, request: Request) -> None:
         """Queue a request; raises ValueError if the engine cannot take it (`unfit` tells beforehand)."""
@@ -156,7 +167,8 @@ class Engine:
             outputs += self._refill(length_class, batch)
         if batch.seats:
             started = time.perf_counter()
-            steps = batch.decode(self._model, self._steps_per_poll)
+            steps = batch.decode(self._steps_per_poll)
+            self.counters.graphs = self._recorder.graphs
             reports = self._report(batch)
             accepted = sum(len(o.new_token_ids) for o in reports)
             self.counters.decode_steps += steps
@@ -233,7 +245,9 @@ class Engine:
     def _batch(self, length_class: LengthClass) -> SlotBatch:
         if length_class not in self._batches:
             cache = self._make_cache(length_class)
-            self._batches[length_class] = SlotBatch(self.plan, length_class, cache, self._device)
+            self._batches[length_class] = SlotBatch(
+                self.plan, length_class, cache, self._device, self._model, self._recorder
+            )
         return self._batches[length_class]
 
     def _count_prefill(self, started: float, real_tokens: int, tokens: int) -> None:

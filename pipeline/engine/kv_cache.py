@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.plan import LengthClass, ModelGeometry
+from pipeline.kernels.attention import AttentionRule
+from pipeline.kernels.cache_attention import AttendCached, CachedLayer, attend_cached_reference
+from pipeline.kernels.float8 import quantize
 
 
 @dataclass(slots=True)
@@ -35,18 +38,37 @@ class Segment:
 class KVCache:
     """Keys and values of every slot and layer, [B + 1, K, S, D] each; allocated once, never moved.
 
-    The extra last slot takes what a padded position of a static pass writes and is never read.
+    In FP8 they are codes, with scales [B + 1, K, S] beside them. The extra last slot takes what a padded position of
+    a static pass writes and is never read.
     """
 
     def __init__(
-        self, geometry: ModelGeometry, length_class: LengthClass, dtype: torch.dtype, device: torch.device
+        self,
+        geometry: ModelGeometry,
+        length_class: LengthClass,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        float8: bool = False,
+        attend: AttendCached = attend_cached_reference,
     ) -> None:
-        """Allocate zeroed memory; raises torch.OutOfMemoryError where the device has too little."""
+        """Allocate zeroed memory; raises torch.OutOfMemoryError where the device has too little. `attend` reads it."""
         self.slots = length_class.slots
         self.max_len = length_class.max_len
+        self.splits = length_class.splits
+        self._attend = attend
         shape = (self.slots + 1, geometry.kv_heads, self.max_len, geometry.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)]
+
+        stored = torch.uint8 if float8 else dtype
+
+        def tensors() -> list[Tensor]:
+            return [torch.zeros(shape, dtype=stored, device=device) for _ in range(geometry.layers)]
+
+        def scales() -> list[Tensor | None]:
+            return [torch.zeros(shape[:-1], device=device) if float8 else None for _ in range(geometry.layers)]
+
+        self.keys, self.values = tensors(), tensors()
+        self.key_scales, self.value_scales = scales(), scales()
 
     @property
     def scratch_slot(self) -> int:
@@ -55,20 +77,44 @@ class KVCache:
 
     def write(self, layer: int, slots_T: Tensor, positions_T: Tensor, k_KTD: Tensor, v_KTD: Tensor) -> None:
         """Store the keys and values of T tokens, each at its own slot and position."""
-        self.keys[layer][slots_T, :, positions_T] = k_KTD.transpose(0, 1)
-        self.values[layer][slots_T, :, positions_T] = v_KTD.transpose(0, 1)
+        for x_KTD, stored, scales in self._places(layer, k_KTD, v_KTD):
+            if scales is not None:
+                x_KTD, scales_KT = quantize(x_KTD)
+                scales[slots_T, :, positions_T] = scales_KT.transpose(0, 1)
+            stored[slots_T, :, positions_T] = x_KTD.transpose(0, 1)
 
     def copy(self, slots_R: Tensor, segment: Segment) -> None:
         """Put a segment that R rows begin with into their slots."""
         for layer, (k_KSD, v_KSD) in enumerate(zip(segment.keys, segment.values, strict=True)):
-            self.keys[layer][slots_R, :, segment.begin : segment.end] = k_KSD
-            self.values[layer][slots_R, :, segment.begin : segment.end] = v_KSD
+            for x_KSD, stored, scales in self._places(layer, k_KSD, v_KSD):
+                if scales is not None:
+                    x_KSD, scales_KS = quantize(x_KSD)
+                    scales[slots_R, :, segment.begin : segment.end] = scales_KS
+                stored[slots_R, :, segment.begin : segment.end] = x_KSD
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots of a layer, [B, K, S, D], as views."""
-        return self.keys[layer][: self.slots], self.values[layer][: self.slots]
+    def attend(self, layer: int, q_BHD: Tensor, lengths_B: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
+        """One query for each slot against the first `lengths_B` positions of it: [B, H, D] and [B, H]."""
+        return self._attend(q_BHD, self.read(layer), lengths_B, rule, self.splits)
+
+    def read(self, layer: int) -> CachedLayer:
+        """What a layer holds of all slots, as views."""
+        key_scales, value_scales = self.key_scales[layer], self.value_scales[layer]
+        return CachedLayer(
+            self.keys[layer][: self.slots],
+            self.values[layer][: self.slots],
+            None if key_scales is None else key_scales[: self.slots],
+            None if value_scales is None else value_scales[: self.slots],
+        )
 
     def clear(self, slot: int) -> None:
         """Zero a slot: after a row with non-finite values, which a mask alone would let through as 0 * nan."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+        for tensor in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
+            if tensor is not None:
+                tensor[slot].zero_()
+
+    def _places(self, layer: int, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
+        """Keys and values with what stores them, and what stores their scales."""
+        return (
+            (k, self.keys[layer], self.key_scales[layer]),
+            (v, self.values[layer], self.value_scales[layer]),
+        )

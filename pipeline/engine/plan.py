@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 
@@ -26,6 +26,15 @@ PREFIX_TOKENS = 2048
 AUTO_MAX_LEN = 8192
 """The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
 MIB, GIB = 1024**2, 1024**3
+COMPILE = ("auto", "graphs", "off")
+ATTENTION = ("auto", "reference", "triton")
+KV_DTYPES = ("auto", "float8_e4m3")
+SCALE_BYTES = 4
+"""Of the float32 scale that each token and head has beside its keys, and one beside its values, in FP8."""
+WANTED_PROGRAMS = 512
+"""Programs of a decode attention that fill a GPU: about four for each multiprocessor of the largest ones."""
+SHORTEST_SPLIT = 256
+"""Positions; shorter splits would spend their time on starting and merging."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +49,9 @@ class ModelGeometry:
     vocab: int
     max_positions: int
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values that one token keeps in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+    def kv_bytes_per_token(self, itemsize: int, scale_bytes: int = 0) -> int:
+        """Bytes of keys and values, each with a scale per head if they have one, that one token keeps in all layers."""
+        return 2 * self.layers * self.kv_heads * (self.head_dim * itemsize + scale_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +59,8 @@ class EngineSettings:
     """What was asked for under `engine`; None is auto.
 
     `share_prefix` None shares no beginnings of prompts, 0 those of the template, a number also cuts prompts
-    every so many tokens.
+    every so many tokens. `compile` says whether decode steps are captured in CUDA graphs (auto: wherever they can be),
+    `attention` which kernel reads the cache, `kv_dtype` what it holds (auto: the model's dtype).
     """
 
     slots: int | None = None
@@ -58,14 +68,44 @@ class EngineSettings:
     prefill_tokens: int | None = None
     share_prefix: int | None = 0
     dedup: bool = True
+    compile: str = "auto"
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+
+    def cache_bytes_per_token(self, geometry: ModelGeometry, itemsize: int) -> int:
+        """Bytes that the cache takes for one token of a model with values of `itemsize` bytes."""
+        if self.kv_dtype == "auto":
+            return geometry.kv_bytes_per_token(itemsize)
+        return geometry.kv_bytes_per_token(1, SCALE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthClass:
-    """A static decode shape: so many slots, each for a row of at most `max_len` tokens, answer included."""
+    """A static decode shape: so many slots, each for a row of at most `max_len` tokens, answer included.
+
+    `splits` is the number of equal parts in which a kernel may read the positions of a slot: how the parts are merged
+    decides on bits, so it is fixed with the shape.
+    """
 
     slots: int
     max_len: int
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One static shape of a pass: `rows` tokens of a prefill, slots of a decode step, or positions for the logits.
+
+    `max_len` is the length of a decode shape's slots.
+    """
+
+    kind: Literal["prefill", "decode", "logits"]
+    rows: int
+    max_len: int | None = None
+
+    def describe(self) -> str:
+        """For the log: prefill 512, decode 64 x 256, logits 64."""
+        return f"{self.kind} {self.rows}" + (f" x {self.max_len}" if self.max_len else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +129,19 @@ class EnginePlan:
     def max_len(self) -> int:
         """The longest row, prompt and answer together, in tokens."""
         return self.length_classes[-1].max_len
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Every shape that is ever run; beginnings that prompts share run as prefill passes do."""
+        return (
+            *(Shape(kind="prefill", rows=tokens) for tokens in self.prefill_tokens),
+            *(Shape(kind="decode", rows=c.slots, max_len=c.max_len) for c in self.length_classes),
+            Shape(kind="logits", rows=self.logit_rows),
+        )
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"{len(self.shapes)} static shapes: " + ", ".join(shape.describe() for shape in self.shapes)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as stored in run.json."""
@@ -146,14 +199,14 @@ def plan_engine(
 
     Raises ConfigError when `engine.slots` does not fit, or not even the fewest slots do.
     """
-    token_bytes = geometry.kv_bytes_per_token(kv_itemsize)
+    token_bytes = settings.cache_bytes_per_token(geometry, kv_itemsize)
     slots = round_up(settings.slots or (CUDA_SLOTS if device_type == "cuda" else CPU_SLOTS))
     classes = _fit_classes(
         _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
     )
     largest, logit_rows = largest_pass(settings, longest, device_type)
     return EnginePlan(
-        length_classes=classes,
+        length_classes=tuple(replace(c, splits=_splits(c, geometry.kv_heads, device_type)) for c in classes),
         prefill_tokens=_sizes(_shared_tokens(settings, device_type), largest),
         logit_rows=logit_rows,
         vocab=geometry.vocab,
@@ -193,6 +246,14 @@ def _fit_classes(
                 f"{remedy}, or raise model.memory"
             )
         slots = max(ROW_MULTIPLE, (slots * 3 // 4) // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def _splits(length_class: LengthClass, kv_heads: int, device_type: str) -> int:
+    """Enough to fill a GPU with the programs of few long slots; on a CPU a slot is read in one piece."""
+    if device_type != "cuda":
+        return 1
+    wanted = -(-WANTED_PROGRAMS // (length_class.slots * kv_heads))
+    return max(1, min(wanted, length_class.max_len // SHORTEST_SPLIT))
 
 
 def _sized(num_bytes: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.core import SamplingParams
 from pipeline.engine.attention import SlotDecode
+from pipeline.engine.graphs import Recorder, Step
 from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.packing import DecoderModel
 from pipeline.engine.plan import EnginePlan, LengthClass
@@ -20,14 +21,31 @@ EMPTY = SamplerRow(SamplingParams(), 0)
 
 
 class SlotBatch:
-    """All slots of a length class, with their keys and values on the device."""
+    """All slots of a length class, with their keys and values on the device.
 
-    def __init__(self, plan: EnginePlan, length_class: LengthClass, cache: KVCache, device: torch.device) -> None:
+    Tokens, positions and reaches are tensors that are written in place and never replaced: a step is a function of
+    them and of the cache alone, so that it can be captured once and replayed.
+    """
+
+    def __init__(
+        self,
+        plan: EnginePlan,
+        length_class: LengthClass,
+        cache: KVCache,
+        device: torch.device,
+        model: DecoderModel,
+        recorder: Recorder,
+    ) -> None:
+        """`recorder` decides how the steps of the model are run."""
         self.slots = length_class.slots
         self.max_len = length_class.max_len
         self.vocab = plan.vocab
         self.cache = cache
         self.device = device
+        self._model = model
+        self._recorder = recorder
+        self._recorded: Step | None = None
+        self._slots_B = torch.arange(length_class.slots, device=device)
         self.seats: dict[int, Seat] = {}
         self._free = list(range(length_class.slots))
         self._not_finite: set[int] = set()
@@ -85,20 +103,19 @@ class SlotBatch:
         heapq.heappush(self._free, slot)
         self._rows = None
 
-    def decode(self, model: DecoderModel, most_steps: int) -> int:
+    def decode(self, most_steps: int) -> int:
         """Run up to `most_steps` steps of all slots with one read-back at the end; returns how many."""
         steps = min(most_steps, max(s.limit - len(s.token_ids) for s in self.seats.values()))
         rows = self._sampler_rows()
         uniforms_NB = rows.uniforms(self._step_B, steps) if rows.any_sampled else None
         seen_BV = self._seen_BV if rows.any_penalty else None
-        slots_B = torch.arange(self.slots, device=self.device)
+        if self._recorded is None:
+            self._recorded = self._recorder.record(self._logits)
         sampled = []
         for step in range(steps):
-            tokens_B, positions_B = self._token_B, self._position_B.clone()
             if seen_BV is not None:
-                seen_BV.scatter_(1, tokens_B[:, None], True)
-            attention = SlotDecode(self.cache, slots_B, positions_B, self._reach_B)
-            logits_BV = model.head(model.hidden(tokens_B, positions_B, attention))
+                seen_BV.scatter_(1, self._token_B[:, None], True)
+            logits_BV = self._recorded()
             sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
             self._advance(sampled[-1].tokens_B)
         taken = sorted(self.seats)
@@ -106,6 +123,11 @@ class SlotBatch:
         finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
         self._not_finite.update(slot for slot, finite in enumerate(finite_B) if not finite)
         return steps
+
+    def _logits(self) -> Tensor:
+        """The logits [B, V] of every slot's next token."""
+        attention = SlotDecode(self.cache, self._slots_B, self._position_B, self._reach_B)
+        return self._model.head(self._model.hidden(self._token_B, self._position_B, attention))
 
     def _advance(self, tokens_B: Tensor) -> None:
         """Step every slot; one that runs past its row's end (it is freed soon) stays inside its own memory."""

@@ -38,6 +38,14 @@ class AttentionRule:
         scaled = raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
+    def hidden(self, lengths_B: Tensor, positions: int) -> Tensor:
+        """[B, S]: True for the positions of a slot that a query at its row's end does not see."""
+        position_S = torch.arange(positions, device=lengths_B.device)
+        hidden_BS = position_S >= lengths_B[:, None]
+        if self.window is not None:
+            hidden_BS = hidden_BS | (position_S < lengths_B[:, None] - self.window)
+        return hidden_BS
+
 
 def attend_reference(
     q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, rule: AttentionRule, mask_TS: Tensor | None = None
@@ -167,11 +175,7 @@ def attend_cache(
     kv_heads, positions = k_BKSD.shape[1], k_BKSD.shape[2]
     q_BKGD = q_BHD.reshape(slots, kv_heads, heads // kv_heads, dim)
     scores_BKGS = rule.scores(torch.matmul(q_BKGD, k_BKSD.transpose(-1, -2)).float())
-    position_S = torch.arange(positions, device=q_BHD.device)
-    hidden_BS = position_S >= lengths_B[:, None]
-    if rule.window is not None:
-        hidden_BS = hidden_BS | (position_S < lengths_B[:, None] - rule.window)
-    scores_BKGS = scores_BKGS.masked_fill(hidden_BS[:, None, None], float("-inf"))
+    scores_BKGS = scores_BKGS.masked_fill(rule.hidden(lengths_B, positions)[:, None, None], float("-inf"))
     lse_BKG = torch.logsumexp(scores_BKGS, dim=-1)
     weights_BKGS = torch.exp(scores_BKGS - lse_BKG[..., None])
     out_BKGD = torch.matmul(weights_BKGS.to(v_BKSD.dtype), v_BKSD)

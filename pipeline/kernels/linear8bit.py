@@ -35,6 +35,13 @@ class Int8Weight:
         return self.codes_NK.numel() + 4 * self.scales_N.numel()
 
 
+def looks_for_outliers(weight: Int8Weight) -> str | None:
+    """Why a product cannot be part of a CUDA graph, or None: with a threshold the host has to know the outliers."""
+    if weight.threshold == 0:
+        return None
+    return f"LLM.int8() with threshold {weight.threshold:g} asks the host about outliers in every product"
+
+
 def dequantize_8bit(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`, as it would be without the rounding of activations."""
     return (weight.codes_NK * weight.scales_N[:, None] / 127).to(dtype)
@@ -56,7 +63,7 @@ def linear_8bit_reference(x_MK: Tensor, weight: Int8Weight, bias_N: Tensor | Non
     if bias_N is not None:
         out_MN = out_MN + bias_N
     out_MN = out_MN.to(x_MK.dtype)
-    if outlier_K.any():
+    if weight.threshold > 0 and outlier_K.any():
         dense_NO = weight.codes_NK[:, outlier_K] * weight.scales_N[:, None] * (1 / 127)
         out_MN = out_MN.addmm(x_MK[:, outlier_K], dense_NO.to(x_MK.dtype).T)
     return out_MN

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels import bitblas_package, bnb, triton_bitblas, triton_gptq, triton_launch
+from pipeline.kernels import bitblas_package, bnb, triton_attention, triton_bitblas, triton_gptq, triton_launch
 from pipeline.kernels.bitblas_operators import OperatorStore, default_folder
 from pipeline.kernels.bitblas_package import BitblasPackage
-from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference
+from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed, attend_cached_reference
+from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference, looks_for_outliers
 from pipeline.kernels.need import Need, Progress
 from pipeline.kernels.packed4bit import Packed4bit, dequantize_4bit_reference
 from pipeline.kernels.packed_bitblas import BitblasWeight, dequantize_bitblas_reference
@@ -42,7 +43,8 @@ class Kernel(Generic[Weight]):
     dense product. A kernel with its own product, x W^T + b for x [M, K], has it as `linear`: it is what runs, with
     `few_rows` in passes of at most so many rows. Which one runs depends on the shape of a pass alone.
     `prepare` is called with the needs and the device before weights are loaded, where there is something to
-    compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for, or None.
+    compile. `passed_over` says why `auto` does not take a kernel that runs only when asked for, or None, and
+    `uncapturable` why a product with a weight cannot be part of a CUDA graph, or None.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kernel(Generic[Weight]):
     few_rows: int | None = None
     prepare: Callable[[Sequence[Need], torch.device, Progress], None] | None = None
     passed_over: Callable[[Need], str | None] | None = None
+    uncapturable: Callable[[Weight], str | None] | None = None
 
     @property
     def dequantizes(self) -> bool:
@@ -63,7 +66,7 @@ FEW_ROWS = 64
 """Up to which a product with packed weights reads less than a dense one, if the dense weight is not there yet."""
 
 
-def _anywhere(need: Need) -> str | None:
+def _anywhere(need: object) -> str | None:
     return None
 
 
@@ -77,9 +80,19 @@ BNB_4BIT: Mapping[str, Kernel[Packed4bit]] = {
 }
 BNB_8BIT: Mapping[str, Kernel[Int8Weight]] = {
     "bitsandbytes": Kernel(
-        name="bitsandbytes", can_run=bnb.can_run, dequantize=dequantize_8bit, linear=bnb.linear_8bit
+        name="bitsandbytes",
+        can_run=bnb.can_run,
+        dequantize=dequantize_8bit,
+        linear=bnb.linear_8bit,
+        uncapturable=looks_for_outliers,
     ),
-    "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_8bit, linear=linear_8bit_reference),
+    "reference": Kernel(
+        name="reference",
+        can_run=_anywhere,
+        dequantize=dequantize_8bit,
+        linear=linear_8bit_reference,
+        uncapturable=looks_for_outliers,
+    ),
 }
 GPTQ: Mapping[str, Kernel[GptqWeight]] = {
     "triton": Kernel(
@@ -131,6 +144,36 @@ BITBLAS: Mapping[str, Kernel[BitblasWeight]] = {
     "reference": Kernel(name="reference", can_run=_anywhere, dequantize=dequantize_bitblas_reference),
 }
 """Of each format the fastest first: `auto` takes the first that can run."""
+
+
+CACHE_ATTENTION: Mapping[str, AttentionKernel] = {
+    "triton": AttentionKernel(
+        name="triton",
+        attend=triton_attention.attend_cached,
+        can_run=triton_attention.can_run,
+        passed_over=triton_attention.passed_over,
+    ),
+    "reference": AttentionKernel(
+        name="reference", attend=attend_cached_reference, can_run=_anywhere, passed_over=_anywhere
+    ),
+}
+"""What reads a static cache, the fastest first."""
+
+
+def choose_attention(wanted: str, need: AttentionNeed) -> tuple[AttentionKernel, str]:
+    """The kernel that reads the cache, and why it; ConfigError where the one asked for cannot run."""
+    if wanted != "auto":
+        reason = CACHE_ATTENTION[wanted].can_run(need)
+        if reason is not None:
+            raise ConfigError(f"engine.attention={wanted} cannot run here: {reason}; choose engine.attention=auto")
+        return CACHE_ATTENTION[wanted], "asked for"
+    passed: list[str] = []
+    for kernel in CACHE_ATTENTION.values():
+        reason = kernel.passed_over(need) or kernel.can_run(need)
+        if reason is None:
+            return kernel, "; ".join([f"fastest that runs on {need.device_type}", *passed])
+        passed.append(f"{kernel.name}: {reason}")
+    raise AssertionError("the reference runs everywhere")
 
 
 def bitblas_kernels(tuning_cache: Path | None) -> Mapping[str, Kernel[BitblasWeight]]:

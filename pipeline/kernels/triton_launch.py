@@ -27,7 +27,7 @@ class Launch:
 
     function: Any
     arguments: Mapping[str, Tensor | int | None]
-    constants: Mapping[str, int | bool | str]
+    constants: Mapping[str, int | float | bool | str]
     grid: tuple[int, ...]
     warps: int
     stages: int = 1
@@ -59,15 +59,26 @@ def interpreting() -> bool:
 
 def obstacle(need: Need, bits: tuple[int, ...]) -> str | None:
     """Why no Triton kernel of these bits can run, or None."""
-    if need.device_type != "cuda" and not (need.device_type == "cpu" and interpreting()):
-        return f"Triton kernels run on cuda devices, not on {need.device_type}"
-    if need.capability is not None and need.capability < LEAST_CAPABILITY:
-        least, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, need.capability))
+    reason = place_obstacle(need.device_type, need.capability, need.dtype)
+    if reason is None and need.bits not in bits:
+        reason = f"there are Triton kernels for {', '.join(map(str, bits))} bits, not for {need.bits}"
+    return reason or import_obstacle()
+
+
+def place_obstacle(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can run on the device in the dtype, or None."""
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
+        return f"Triton kernels run on cuda devices, not on {device_type}"
+    if capability is not None and capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
         return f"Triton kernels need compute capability {least}, this device has {found}"
-    if need.dtype not in DTYPES:
-        return f"Triton kernels compute in float16, bfloat16 and float32, not in {need.dtype}".replace("torch.", "")
-    if need.bits not in bits:
-        return f"there are Triton kernels for {', '.join(map(str, bits))} bits, not for {need.bits}"
+    if dtype not in DTYPES:
+        return f"Triton kernels compute in float16, bfloat16 and float32, not in {dtype}".replace("torch.", "")
+    return None
+
+
+def import_obstacle() -> str | None:
+    """Why Triton cannot be imported, or None."""
     try:
         importlib.import_module("triton")
     except ImportError as error:

@@ -35,6 +35,15 @@ class TransformersDecoder:
         """Whether a token's keys depend on how long its row can become."""
         return bool(self._row_ropes)
 
+    def capture_obstacle(self) -> str | None:
+        """Why a pass cannot be captured in a CUDA graph, or None if nothing is known to be in the way."""
+        for _, linear in self.quant_linears():
+            check = linear.kernel.uncapturable
+            reason = None if check is None else check(linear.weight)
+            if reason is not None:
+                return reason
+        return None
+
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPass) -> Tensor:
         """What the output head takes, of every token of the pass: [T, hidden size]."""
         for rope in self._row_ropes:

@@ -18,7 +18,7 @@ from pipeline.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
 from pipeline.models.memory import give_back_freed_memory
-from pipeline.models.rope import install_row_rope
+from pipeline.models.rope import install_row_rope, settle_dynamic_rope
 from pipeline.quant.bitblas import NotRepackable
 from pipeline.quant.format import StorageFormat
 from pipeline.quant.linear import QuantLinear
@@ -67,6 +67,7 @@ def load_model(
         give_back_freed_memory()
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
+    settle_dynamic_rope(model)
     _finish(model, checkpoint, device)
     if adapter is not None:
         lora.replace_tensors(adapter, model, lambda info: _read(info).to(device=device, dtype=dtype))

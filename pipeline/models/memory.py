@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.plan import (
+    CUDA_SLOTS,
     GIB,
     PREFIX_TOKENS,
     EnginePlan,
@@ -169,7 +170,8 @@ def plan_shapes(
 def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, longest: int) -> MemoryPlan:
     """Share out the budget; raises ConfigError naming both sizes if not even the weights fit.
 
-    `kv_cache_budget` is what keys and values may take: what weights, one pass and dequantized weights leave.
+    `kv_cache_budget` is what keys and values may take: what weights, one pass and dequantized weights leave; on CUDA
+    also a decode step, which keeps its memory once it is captured.
     """
     weights, dense = weight_bytes(
         place.checkpoint, place.spec, place.dtype, place.device_type, dense_product=place.dense_product
@@ -178,6 +180,9 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
     passes = pass_bytes(place.geometry, tokens, logits, place.dtype)
     if engine.share_prefix is not None:
         passes += PREFIX_TOKENS * place.geometry.kv_bytes_per_token(place.dtype.itemsize)
+    if place.device_type == "cuda":
+        slots = engine.slots or CUDA_SLOTS
+        passes += pass_bytes(place.geometry, slots, slots, place.dtype)
     if place.adapter_bytes:
         weights += place.adapter_bytes
         passes += adapter_pass_bytes(place.geometry, tokens, logits)

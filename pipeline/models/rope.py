@@ -44,6 +44,23 @@ class RowLongRope(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+def settle_dynamic_rope(model: nn.Module) -> None:
+    """Keep the angles of dynamic NTK RoPE as they are up to the model's own number of positions.
+
+    No row goes beyond it. transformers looks at the longest position of every pass, on the host, to find out.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = _settled(kind)  # type: ignore[assignment]  # a plain attribute of transformers' modules
+        elif isinstance(kind, dict):
+            module.rope_type = {layers: _settled(name) for layers, name in kind.items()}  # type: ignore[assignment]
+
+
+def _settled(rope_type: str) -> str:
+    return "default" if rope_type == "dynamic" else rope_type
+
+
 def install_row_rope(model: nn.Module, config: PretrainedConfig) -> list[RowLongRope]:
     """Replace the model's rotary embeddings if they are long RoPE; returns the new ones."""
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.plan import EnginePlan, EngineSettings, ModelGeometry
+from pipeline.errors import ConfigError
 from pipeline.models.adapter import Adapter
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
     from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
+    from pipeline.kernels.cache_attention import AttentionKernel
     from pipeline.kernels.need import Need, Progress
     from pipeline.models.decoder import TransformersDecoder
     from pipeline.quant.format import StorageFormat
@@ -49,6 +51,8 @@ class Runtime:
     shapes: EnginePlan
     memory: MemoryPlan
     needs: Sequence[Need]
+    attention: AttentionKernel
+    attention_reason: str
     adapter: Adapter | None = None
 
     @property
@@ -68,8 +72,15 @@ class Runtime:
             "resolved.device": self.device.type,
             "resolved.dtype": str(self.place.dtype).removeprefix("torch."),
             "resolved.kernel": self.kernel_name,
+            "resolved.attention": self.attention.name,
             "resolved.quantization": self.spec.describe(),
         } | adapter
+
+    def threads(self) -> dict[str, int]:
+        """How many threads compute, for the record, where that can change the last bits of a result: on a CPU."""
+        import torch
+
+        return {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
 
     def describe(self) -> str:
         """One line for the log."""
@@ -78,6 +89,8 @@ class Runtime:
             f"{self.place.checkpoint.name}: {self.spec.describe()} weights, {dtype}, on {self.device}, "
             f"kernel {self.kernel_name}"
             + (f" ({self.kernel_reason})" if self.quant else "")
+            + f", attention {self.attention.name}"
+            + (f" ({self.attention_reason})" if self.device.type != "cpu" else "")
             + (f", adapter {self.adapter.name}: {self.adapter.describe()}" if self.adapter else "")
         )
 
@@ -100,6 +113,7 @@ class Runtime:
         """
         from pipeline.engine.dedup import DedupEngine
         from pipeline.engine.engine import Engine
+        from pipeline.engine.graphs import recorder_for
         from pipeline.engine.kv_cache import KVCache
         from pipeline.models.loader import load_model
 
@@ -118,10 +132,18 @@ class Runtime:
         engine = Engine(
             model,
             self.shapes,
-            lambda c: KVCache(place.geometry, c, place.dtype, self.device),
+            lambda c: KVCache(
+                place.geometry,
+                c,
+                place.dtype,
+                self.device,
+                float8=settings.kv_dtype != "auto",
+                attend=self.attention.attend,
+            ),
             self.device,
             decode,
             _splits(settings, model, head),
+            recorder=recorder_for(settings.compile, self.device, model.capture_obstacle()),
         )
         return model, DedupEngine(engine) if settings.dedup else engine
 
@@ -145,6 +167,8 @@ def resolve_runtime(
 
     `stored_shapes` are those of run.json: a resumed run keeps them whatever memory is free now.
     """
+    from pipeline.kernels.cache_attention import AttentionNeed
+    from pipeline.kernels.registry import choose_attention
     from pipeline.models.loader import check_adapter
     from pipeline.quant.format import format_of, needs_of
 
@@ -157,9 +181,16 @@ def resolve_runtime(
     modules = spec.stored_modules(checkpoint.tensors)
     needs = needs_of(spec, modules, device.type, capability_of(device), dtype)
     quant, reason = format_of(spec, config.quant.kernel, needs, config.quant.tuning_cache)
+    geometry = _geometry(transformers_config, adapter)
+    reads = AttentionNeed(
+        device_type=device.type, capability=capability_of(device), dtype=dtype, head_dim=geometry.head_dim
+    )
+    attention, attention_reason = choose_attention(config.engine.attention, reads)
+    if config.engine.compile == "graphs" and device.type != "cuda":
+        raise ConfigError(f"engine.compile=graphs needs a CUDA device, this is {device.type}; use engine.compile=auto")
     place = Placement(
         checkpoint=checkpoint,
-        geometry=_geometry(transformers_config, adapter),
+        geometry=geometry,
         spec=spec,
         dtype=dtype,
         device_type=device.type,
@@ -172,7 +203,9 @@ def resolve_runtime(
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
-    return Runtime(place, transformers_config, device, quant, reason, shapes, memory, needs, adapter)
+    return Runtime(
+        place, transformers_config, device, quant, reason, shapes, memory, needs, attention, attention_reason, adapter
+    )
 
 
 def _geometry(config: PretrainedConfig, adapter: Adapter | None) -> ModelGeometry:

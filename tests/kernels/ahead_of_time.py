@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.kernels import triton_bitblas, triton_gptq
+from pipeline.kernels import triton_attention, triton_bitblas, triton_gptq
+from pipeline.kernels.attention import AttentionRule
+from pipeline.kernels.cache_attention import CachedLayer
 from pipeline.kernels.packed_bitblas import BitblasWeight, ZerosMode
 from pipeline.kernels.packed_gptq import GptqWeight
 from pipeline.kernels.triton_launch import Launch
@@ -115,6 +117,25 @@ def compiled_linear(weight: GptqWeight | BitblasWeight, rows: int, dtype: torch.
     x_MFU = _empty(dtype, rows, fields, inputs // fields)
     launch = room.linear_launch(x_MFU, weight, _empty(dtype, outputs), _empty(dtype, rows, outputs))
     return compiled(launch, capability)
+
+
+def compiled_attention(
+    heads: tuple[int, int, int], rule: AttentionRule, splits: int, dtype: torch.dtype, float8: bool, capability: int
+) -> list[MachineCode]:
+    """What reading a cache compiles to, and merging its splits; `heads` are query heads, key/value heads and dim."""
+    query_heads, kv_heads, dim = heads
+    slots, positions = 16, 1024
+    q = _empty(dtype, slots, query_heads, dim)
+    codes = _empty(torch.uint8 if float8 else dtype, slots, kv_heads, positions, dim)
+    scales = _empty(torch.float32, slots, kv_heads, positions) if float8 else None
+    outs = q if splits == 1 else _empty(torch.float32, slots, query_heads, splits, dim)
+    lses = _empty(torch.float32, slots, query_heads, splits)
+    lengths = _empty(torch.int64, slots)
+    layer = CachedLayer(codes, codes, scales, scales)
+    launches = [triton_attention.split_launch(q, layer, lengths, rule, outs, lses)]
+    if splits > 1:
+        launches.append(triton_attention.merge_launch(outs, lses, q, lses[..., 0]))
+    return [compiled(launch, capability) for launch in launches]
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

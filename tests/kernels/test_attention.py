@@ -183,7 +183,8 @@ def test_decoding_token_by_token_equals_the_row_at_once(window: int | None) -> N
     for position in range(32):
         here = torch.tensor([position])
         cache.write(1, torch.tensor([3]), here, k[:, here], v[:, here])
-        keys, values = cache.read(1)
+        read = cache.read(1)
+        keys, values = read.keys, read.values
         query = q[:, position].expand(16, -1, -1)
         out, _ = attend_cache(query, keys, values, torch.full((16,), position + 1), rule)
         assert float((out[3].double() - expected[:, position]).abs().max()) < 1e-5
@@ -293,7 +294,8 @@ def test_a_cleared_slot_shows_nothing_of_its_nans() -> None:
         k, v = torch.randn(2, 2, 2, 8)
         cache.write(layer, torch.tensor([3, 3]), torch.tensor([0, 1]), k, v)
         q = torch.randn(16, 4, 8)
-        keys, values = cache.read(layer)
+        read = cache.read(layer)
+        keys, values = read.keys, read.values
         out, _ = attend_cache(q, keys, values, torch.full((16,), 2), AttentionRule(0.3))
         expected, _ = oracle(q[3][:, None], k, v, 0.3)
         assert float((out[3].double() - expected[:, 0]).abs().max()) < 1e-5
@@ -304,7 +306,8 @@ def test_the_cache_keeps_each_token_where_it_was_put() -> None:
     k, v = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     slots, positions = torch.tensor([0, 7, 7, 15, cache.scratch_slot]), torch.tensor([31, 0, 5, 2, 2])
     cache.write(1, slots, positions, k, v)
-    keys, values = cache.read(1)
+    read = cache.read(1)
+    keys, values = read.keys, read.values
     assert keys.shape == values.shape == (16, 2, 32, 8), "the scratch slot is never read"
     for token in range(4):
         assert torch.equal(keys[slots[token], :, positions[token]], k[:, token])

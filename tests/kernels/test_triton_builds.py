@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import MachineCode, bitblas_weight, compiled_dequantize, compiled_linear, gptq_weight
+from ahead_of_time import (
+    MachineCode,
+    bitblas_weight,
+    compiled_attention,
+    compiled_dequantize,
+    compiled_linear,
+    gptq_weight,
+)
 from triton_process import TritonProcess
 
+from pipeline.kernels.attention import AttentionRule
 from pipeline.kernels.packed_bitblas import BitblasWeight
 from pipeline.kernels.packed_gptq import GptqWeight
 
@@ -55,6 +63,42 @@ def check_linear(code: MachineCode, dtype: torch.dtype) -> None:
 def test_four_bits(compiler: TritonProcess, weight: Packed, dtype: torch.dtype, capability: int) -> None:
     check_dequantize(compiler(compiled_dequantize, weight, dtype, capability), dtype)
     check_linear(compiler(compiled_linear, weight, 16, dtype, capability), dtype)
+
+
+LLAMA3, LLAMA2, GEMMA2 = (32, 8, 128), (32, 32, 128), (8, 4, 256)
+"""Query heads, key/value heads and the length of a head."""
+PLAIN, CAPPED = AttentionRule(128**-0.5), AttentionRule(0.0625, 4096, 50.0)
+ATTENTION_BUILDS = [
+    pytest.param(LLAMA3, PLAIN, 1, torch.bfloat16, False, 90, id="llama3"),
+    *(
+        pytest.param(*build, id=name, marks=pytest.mark.slow)
+        for name, build in {
+            "llama3-float8-splits-sm80": (LLAMA3, PLAIN, 4, torch.bfloat16, True, 80),
+            "llama3-float8": (LLAMA3, PLAIN, 1, torch.bfloat16, True, 90),
+            "llama2-float16-sm80": (LLAMA2, PLAIN, 1, torch.float16, False, 80),
+            "llama2-float32": (LLAMA2, PLAIN, 2, torch.float32, False, 90),
+            "gemma2": (GEMMA2, CAPPED, 4, torch.bfloat16, False, 90),
+            "gemma2-float8-sm80": (GEMMA2, CAPPED, 1, torch.float16, True, 80),
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("heads", "rule", "splits", "dtype", "float8", "capability"), ATTENTION_BUILDS)
+def test_cache_attention(
+    compiler: TritonProcess, heads: tuple[int, int, int], rule: AttentionRule, splits: int, dtype: torch.dtype,
+    float8: bool, capability: int,
+) -> None:  # fmt: skip
+    read, *merged = compiler(compiled_attention, heads, rule, splits, dtype, float8, capability)
+    assert len(merged) == (splits > 1)
+    for code in (read, *merged):
+        assert code.cubin_bytes > 0
+        assert code.stack_bytes == 0, "spilled registers"
+        assert code.shared_bytes <= SHARED_BYTES
+    assert "cp.async" in read.ptx
+    assert "wgmma" not in read.ptx
+    assert "tf32" not in read.ptx
+    assert ("mma.sync" in read.ptx) == (dtype != torch.float32)
 
 
 GPTQ_KINDS = [(bits, *kind) for bits, kind in product((2, 3, 4, 8), ((32, False), (4096, False), (128, True)))]

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import greedy, oracle_generate_all, oracle_logits, oracle_logprob, pass_logits, random_prompt
+from oracle import drive, greedy, oracle_generate_all, oracle_logits, oracle_logprob, pass_logits, random_prompt
+from tape import TapeRecorder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.core import Completion, Request
@@ -173,6 +174,8 @@ def check(reference: Callable[..., Any], build_engine: Callable[..., Any]) -> Ca
             check_text(model, row, answers[row.id])
         for row in (rows[-1], scored(rows)[0], texts(rows)[-1]):
             assert under_test.answer([row]) == {row.id: answers[row.id]}, "the row alone"
+        captured = drive(under_test.engine(recorder=TapeRecorder()), rows[: len(lengths)])
+        assert captured == {row.id: answers[row.id] for row in rows[: len(lengths)]}, "a captured step"
 
     return check
 

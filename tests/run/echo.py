@@ -30,6 +30,7 @@ class EchoEngine:
         return len(self._queue)
 
     unfinished = waiting
+    eager_reason = None
 
     def submit(self, request: Request) -> None:
         self._queue.append(request)

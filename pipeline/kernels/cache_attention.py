@@ -1,0 +1,83 @@
+"""One query per slot against the keys and values that a static cache holds of its row.
+
+Shapes: B slots, S positions of a slot, H query heads, K key/value heads, G = H / K, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionRule, attend_cache
+from pipeline.kernels.float8 import decoded
+
+BLOCK = 256
+"""Positions whose keys are dequantized at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """A layer's keys and values [B, K, S, D]; in FP8 (`float8.py`) with the scale [B, K, S] of each token and head."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+AttendCached = Callable[[Tensor, CachedLayer, Tensor, AttentionRule, int], tuple[Tensor, Tensor]]
+"""Queries [B, H, D], layer, lengths [B], rule and splits to the output [B, H, D] and the log-sum-exp [B, H].
+
+Of each slot the first so many positions count, the query's own the last of them. `splits` is into how many equal
+parts the positions are cut, whose attention is merged; it changes bits, and nothing else does.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionNeed:
+    """What is to be run: where, in which dtype, with heads of `head_dim`."""
+
+    device_type: str
+    capability: tuple[int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernel:
+    """One implementation; `can_run` and `passed_over` answer with a reason, or None (see `registry.Kernel`)."""
+
+    name: str
+    attend: AttendCached
+    can_run: Callable[[AttentionNeed], str | None]
+    passed_over: Callable[[AttentionNeed], str | None]
+
+
+def attend_cached_reference(
+    q_BHD: Tensor, layer: CachedLayer, lengths_B: Tensor, rule: AttentionRule, splits: int
+) -> tuple[Tensor, Tensor]:
+    """In plain torch, all positions at once whatever `splits` says; FP8 is dequantized block by block."""
+    if layer.key_scales is None or layer.value_scales is None:
+        return attend_cache(q_BHD, layer.keys, layer.values, lengths_B, rule)
+    slots, heads, dim = q_BHD.shape
+    kv_heads, positions = layer.keys.shape[1:3]
+    q_BKGD = q_BHD.reshape(slots, kv_heads, heads // kv_heads, dim).float()
+    blocks = [slice(first, first + BLOCK) for first in range(0, positions, BLOCK)]
+    raw_BKGS = torch.cat(
+        [
+            torch.matmul(q_BKGD, decoded(layer.keys[:, :, block]).transpose(-1, -2))
+            * layer.key_scales[:, :, None, block]
+            for block in blocks
+        ],
+        dim=-1,
+    )
+    scores_BKGS = rule.scores(raw_BKGS).masked_fill(rule.hidden(lengths_B, positions)[:, None, None], float("-inf"))
+    lse_BKG = torch.logsumexp(scores_BKGS, dim=-1)
+    weights_BKGS = torch.exp(scores_BKGS - lse_BKG[..., None]) * layer.value_scales[:, :, None]
+    out_BKGD = torch.zeros_like(q_BKGD)
+    for block in blocks:
+        out_BKGD = out_BKGD + torch.matmul(weights_BKGS[..., block], decoded(layer.values[:, :, block]))
+    return out_BKGD.reshape(slots, heads, dim).to(q_BHD.dtype), lse_BKG.reshape(slots, heads)
