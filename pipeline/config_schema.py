@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.engine.plan import ATTENTION, KV_DTYPES
 from pipeline.quant.spec import KERNELS
 
+RETRIES = (None, "failed")
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
 MISSING: Any = "???"
 
@@ -177,6 +178,7 @@ class OutputSchema:
     columns: list[str] | None = doc(None, "input columns to keep in the results; all if null")
     compression: str = doc("zstd", f"of the results' Parquet: {', '.join(COMPRESSIONS)}")
     row_group_rows: int | None = doc(None, "rows in a row group of the results; a whole chunk if null")
+    journal_s: float = doc(10.0, "a kill costs at most so many seconds of answers, besides the rows in flight")
     storage_options: Any = doc({}, "what fsspec needs for output.dir as a URL: endpoint, credentials, ...")
 
 
@@ -233,6 +235,7 @@ class RootSchema:
     output: OutputSchema = MISSING
     launcher: LauncherSchema = MISSING
     shard: ShardSchema = field(default_factory=ShardSchema)
+    retry: str | None = doc(None, "failed: answer the error rows of a run again; all other rows stay as they are")
     dry_run: bool = doc(False, "show the plan (files, rows, shapes, memory) without loading weights")
     max_error_rate: float = doc(1.0, "exit code 3 when a larger share of the rows are errors")
 

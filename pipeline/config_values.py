@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config_schema import COMPRESSIONS
+from pipeline.config_schema import COMPRESSIONS, RETRIES
 from pipeline.core import SamplingParams
 from pipeline.engine.plan import ATTENTION, COMPILE, KV_DTYPES, LEAST_SHARED, EngineSettings
 from pipeline.errors import ConfigError
@@ -49,6 +49,7 @@ def settings_from(values: Mapping[str, Any], place: Place) -> RunConfig:
         output=_output(values["output"]),
         shard=shard,
         dry_run=values["dry_run"],
+        retry=_one_of("retry", values["retry"], RETRIES),
         max_error_rate=_between("max_error_rate", values["max_error_rate"], 0, 1),
         resolved=redacted({**values, "shard": asdict(shard)}),
         launcher=_launcher(values["launcher"]),
@@ -269,6 +270,7 @@ def _output(values: Mapping[str, Any]) -> OutputSettings:
         columns=_names("output.columns", values),
         compression=_one_of("output.compression", values["compression"], COMPRESSIONS),
         row_group_rows=_positive("output.row_group_rows", values["row_group_rows"]),
+        journal_s=_not_negative("output.journal_s", values),
         storage_options=_map("output.storage_options", values["storage_options"]),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.claimed import ClaimedChunk
 from pipeline.core import Completion, FinishReason, Request
 from pipeline.data.source import Chunk, Rows, Source, SourceFile
 from pipeline.prompts import Prompt, PromptBuilder
@@ -25,9 +26,10 @@ UNREADABLE = (ValueError, OverflowError, NotImplementedError)
 
 @dataclass(frozen=True, slots=True)
 class PreparedChunk:
-    """A claimed chunk: its table, the rows of the columns that the task reads, a request or an error for each."""
+    """A claimed chunk: its table, the rows of the columns that the task reads, and of each row that has to be done
+    and is not yet, a request or an error."""
 
-    chunk: Chunk
+    claimed: ClaimedChunk
     table: pa.Table
     rows: Sequence[Mapping[str, Any]]
     requests: Sequence[Request]
@@ -47,20 +49,21 @@ class Preparation:
         self._unfit = unfit
         self._columns = list(dict.fromkeys([*prompts.columns, *task.columns]))
 
-    def prepare(self, chunk: Chunk, data: Rows) -> PreparedChunk:
-        """Requests of the good rows, error completions of the others."""
+    def prepare(self, claimed: ClaimedChunk, data: Rows) -> PreparedChunk:
+        """Requests of the good rows, error completions of the others; nothing for rows that need not be done."""
         prepared: list[Request | Completion] = []
         task_rows: list[Mapping[str, Any]] = []
+        chunk, left = claimed.chunk, claimed.left
         columns, chunk_id = data.table.select(self._columns), chunk.id
         for first in range(0, chunk.num_rows, ROWS_AT_ONCE):
             # a table without columns does not know its own end
             read = enumerate(read_rows(columns.slice(first, min(ROWS_AT_ONCE, chunk.num_rows - first))), first)
             rows = {(chunk_id, index): data.errors.get(index, row) for index, row in read}
-            prepared += self._prepare(rows)
+            prepared += self._prepare({row_id: row for row_id, row in rows.items() if row_id[1] in left})
             task_rows += [{} if isinstance(row, str) else self._of_task(row) for row in rows.values()]
         requests = [item for item in prepared if isinstance(item, Request)]
         failed = [item for item in prepared if isinstance(item, Completion)]
-        return PreparedChunk(chunk, data.table, task_rows, requests, failed)
+        return PreparedChunk(claimed, data.table, task_rows, requests, failed)
 
     def _prepare(self, rows: Mapping[RequestId, Mapping[str, Any] | str]) -> list[Request | Completion]:
         """Some rows' requests, and first the errors of those that are none."""
@@ -122,10 +125,10 @@ class Intake:
         source: Source,
         files: Sequence[SourceFile],
         chunks: Sequence[Chunk],
-        claim: Callable[[Chunk], bool],
+        claim: Callable[[Chunk], ClaimedChunk | None],
         preparation: Preparation,
     ) -> None:
-        """`claim` takes a chunk for this process, or says that it is not to be had."""
+        """`claim` takes a chunk for this process; None where it is not to be had."""
         self._source = source
         self._files = {file.ordinal: file for file in files}
         self._chunks = chunks
@@ -169,17 +172,18 @@ class Intake:
 
     def _prepared(self) -> Iterator[PreparedChunk]:
         for ordinal, chunks in _by_file(self._chunks):
-            claimed: list[Chunk] = []
+            claimed: list[ClaimedChunk] = []
             for rows in self._source.read(self._files[ordinal], self._claims(chunks, claimed)):
                 yield self._preparation.prepare(claimed[-1], rows)
 
-    def _claims(self, chunks: Sequence[Chunk], claimed: list[Chunk]) -> Iterator[Chunk]:
+    def _claims(self, chunks: Sequence[Chunk], claimed: list[ClaimedChunk]) -> Iterator[Chunk]:
         """Chunks as they can be claimed, each only when the reader is ready for it."""
         for chunk in chunks:
             if self._closing.is_set():
                 return
-            if self._claim(chunk):
-                claimed.append(chunk)
+            taken = self._claim(chunk)
+            if taken is not None:
+                claimed.append(taken)
                 yield chunk
 
     def _put(self, item: PreparedChunk | Exception | None) -> bool:

@@ -22,11 +22,14 @@ from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
+from pipeline.output.durable import failing_run
+from pipeline.output.journal import Journal
+from pipeline.output.journal import sweep as sweep_journal
 from pipeline.output.manifest import RunManifest
 from pipeline.output.open import open_store
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
-from pipeline.output.store import RUN_JSON, Store
+from pipeline.output.store import JOURNAL, RUN_JSON, Store
 from pipeline.redaction import redacted_url
 from pipeline.settings import RunConfig
 from pipeline.template import RowTemplate, names_in
@@ -59,6 +62,8 @@ class Job:
         self.tokenizer = self._tokenizer_checkpoint()
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer, self.adapter)
         self.manifest: RunManifest | None = None
+        self.failed: dict[str, str] = {}
+        """Chunks whose Part has errors that are to be done again, and the attempt that wrote that Part."""
         if stored is not None:
             self._adopt(stored)
         elif answered:
@@ -112,8 +117,8 @@ class Job:
         return committed_parts(self.output)
 
     def pending(self) -> list[Chunk]:
-        """Chunks without a Part, those of this process's shard first."""
-        committed = self.committed()
+        """Chunks without a Part, or with one whose errors are to be done again; those of this shard first."""
+        committed = self.committed() - self.failed.keys()
         first = len(self.chunks) * self.config.shard.index // self.config.shard.count
         ordered = self.chunks[first:] + self.chunks[:first]
         return [chunk for chunk in ordered if chunk.id not in committed]
@@ -165,25 +170,38 @@ class Job:
             self.check_resolved(resolved)
             if self.files != manifest.files:
                 manifest = manifests.update(self.output, claims, self._registered)
+            if self.failed:  # whose Parts will change under the summary
+                manifest = manifests.update(self.output, claims, lambda manifest: replace(manifest, summary=None))
         self._take(manifest)
 
     def sink(self, attempt: str) -> Sink:
         """The writer of this run's Parts, which name the run and its fingerprint in their schema's metadata."""
-        assert self.manifest is not None
-        fingerprint_text = json.dumps(dict(self.manifest.fingerprint), sort_keys=True)
-        metadata = {
-            "pipeline.run_id": self.manifest.run_id,
-            "pipeline.fingerprint": hashlib.sha256(fingerprint_text.encode()).hexdigest(),
-        }
         asked = self.config.output
         return Sink(
             self.output,
-            self.schema.with_metadata(metadata),
+            self.schema.with_metadata(self._identity()),
             attempt,
             asked.compression,
             asked.row_group_rows,
             self._check_still_ours,
         )
+
+    def journal(self, attempt: str) -> Journal:
+        """What keeps rows of this run's chunks until they are committed."""
+        return Journal(self.output, self._identity(), attempt)
+
+    def content_of(self, chunk: Chunk) -> str:
+        """What changes with the content of a chunk's file."""
+        return next(file.digest for file in self.files if file.ordinal == chunk.file_ordinal)
+
+    def _identity(self) -> dict[str, str]:
+        """The run, and the settings that can change its rows."""
+        assert self.manifest is not None
+        fingerprint_text = json.dumps(dict(self.manifest.fingerprint), sort_keys=True)
+        return {
+            "pipeline.run_id": self.manifest.run_id,
+            "pipeline.fingerprint": hashlib.sha256(fingerprint_text.encode()).hexdigest(),
+        }
 
     def _check_still_ours(self) -> None:
         """Raise RunFailed when run.json has been removed or replaced while this process worked."""
@@ -202,11 +220,25 @@ class Job:
         """Keep the run's summary in run.json, and clear away what killed processes left."""
 
         def concluded(manifest: RunManifest) -> RunManifest:
-            if not claims.others():  # whose files may be half-written, in chunks that this process need not know
-                self.output.sweep()  # while nobody else may write run.json
+            self._sweep(claims)  # while nobody else may write run.json
             return replace(manifest, summary=summary)
 
         self._take(manifests.update(self.output, claims, concluded))
+
+    def clear_away(self, claims: Claims) -> None:
+        """Remove what is left in journal/ of a run that is done; whoever was killed after its last commit could not."""
+        assert self.manifest is not None and self.manifest.summary is not None
+        with failing_run(self.output.shown(JOURNAL)):
+            leftovers = self.output.names(JOURNAL)
+        if leftovers and not claims.others():
+            self.summarize(claims, self.manifest.summary)
+
+    def _sweep(self, claims: Claims) -> None:
+        """Remove leftovers unless somebody is at work, in chunks that this process need not know."""
+        if not claims.others():
+            with failing_run(self.output.shown(JOURNAL)):
+                self.output.sweep()
+                sweep_journal(self.output, self.committed())
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
         return replace(manifest, files=manifests.register(manifest, self.found, self.committed(), self.count))

@@ -18,6 +18,7 @@ from pipeline.launch.walltime import Walltime
 from pipeline.output.claims import SCHEDULE_CLAIM, Claims
 from pipeline.planning import plan_of, write_plan
 from pipeline.process import ExitCode, Stopping
+from pipeline.retry import look_for_errors
 from pipeline.settings import LocalSettings, RunConfig
 from pipeline.shift import Shift, check_time
 from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
@@ -38,6 +39,7 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     """
     started = time.perf_counter()
     job = Job(config)
+    look_for_errors(job)
     if config.dry_run:
         return show_plan(job, console)
     with job.output.claims() as claims:
@@ -56,6 +58,7 @@ def work(config: RunConfig, console: Console, stopping: Stopping, patience: Pati
     """
     started = time.perf_counter()
     job = Job(config)
+    look_for_errors(job)
     with job.output.claims() as claims:
         if not job.is_answered():
             job.output.prepare()
@@ -126,7 +129,10 @@ def answer_rows(
     try:
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
-            shift = Shift(job, claims, sink, engine, task, prompts, stats, recorder, progress, stopping, walltime)
+            journal = job.journal(claims.attempt)
+            shift = Shift(
+                job, claims, sink, journal, engine, task, prompts, stats, recorder, progress, stopping, walltime
+            )
             while shift.work(job.pending()) or more():
                 pass
     finally:
@@ -256,6 +262,8 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
     truth = (summary or {}).get("accuracy", {}).get("column")
     if summary is None or summary.get("chunks", 0) < len(job.chunks) or truth != job.config.task.truth:
         summary = summarize(job, claims)
+    else:
+        job.clear_away(claims)
     for line in summary_lines(job, summary, since):
         console.result(line)
     if summary["error_rows"] > job.config.max_error_rate * max(1, summary["rows"]):

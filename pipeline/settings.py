@@ -104,12 +104,16 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """The `output` group; `row_group_rows` None is one row group a Part."""
+    """The `output` group; `row_group_rows` None is one row group a Part.
+
+    Answers are on the disk `journal_s` seconds after they are made.
+    """
 
     dir: str
     columns: tuple[str, ...] | None = None
     compression: str = "zstd"
     row_group_rows: int | None = None
+    journal_s: float = 10.0
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,7 +175,10 @@ class SlurmSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run, resolved; `resolved` is the same as plain JSON values, for run.json and the stats."""
+    """A whole run, resolved; `resolved` is the same as plain JSON values, for run.json and the stats.
+
+    `retry` is "failed" where error rows are to be answered again.
+    """
 
     model: ModelSettings
     quant: QuantSettings
@@ -186,6 +193,7 @@ class RunConfig:
     resolved: Mapping[str, Any]
     launcher: LocalSettings | SlurmSettings = LocalSettings()
     place: Place = ALONE
+    retry: str | None = None
 
     @property
     def on_request(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.claimed import ClaimedChunk
 from pipeline.console import RowProgress
 from pipeline.data.source import Chunk
 from pipeline.errors import Interrupted
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
     from pipeline.intake import Intake, Preparation
     from pipeline.outlet import Counts, Outlet
+    from pipeline.output.journal import Journal
     from pipeline.output.sink import Sink
     from pipeline.prompts import PromptBuilder
     from pipeline.tasks.task import Task
@@ -38,6 +40,7 @@ class Shift:
     job: Job
     claims: Claims
     sink: Sink
+    journal: Journal
     engine: RequestEngine
     task: Task
     prompts: PromptBuilder
@@ -55,7 +58,7 @@ class Shift:
         from pipeline.intake import Intake
         from pipeline.outlet import Outlet
 
-        outlet = Outlet(self.sink, self.task, self.job.schema, self._committed)
+        outlet = Outlet(self.sink, self.task, self.job.schema, self._ended, self.job.config.output.journal_s)
         intake = Intake(self.job.source, self.job.files, chunks, self._claim, self._preparation())
         gc.freeze()  # what is loaded stays; collecting garbage need not look through all of it again and again
         try:
@@ -98,7 +101,7 @@ class Shift:
                 break
             chunks += 1
             outlet.expect(prepared)
-            self.progress.advance(len(prepared.failed), 0)
+            self.progress.advance(prepared.claimed.chunk.num_rows - len(prepared.requests), 0)
             self.walltime.answer(len(prepared.failed))
             for request in prepared.requests:
                 self.engine.submit(request)
@@ -106,8 +109,7 @@ class Shift:
 
     def _poll(self, outlet: Outlet) -> int:
         completions = [o.completion for o in self.engine.poll() if o.completion is not None]
-        for completion in completions:
-            outlet.add(completion)
+        outlet.add(completions)
         answered = (sum(len(x.token_ids) for x in c.choices or (c,)) + c.target_tokens for c in completions)
         tokens = sum(c.prompt_tokens for c in completions) + sum(answered)
         self.progress.advance(len(completions), tokens)
@@ -121,26 +123,40 @@ class Shift:
         plan = self.engine.plan
         return Preparation(self.prompts, self.task, lambda request: unfit(request, plan), plan.max_len)
 
-    def _claim(self, chunk: Chunk) -> bool:
-        """Take a chunk unless somebody has it or, since the listing, has committed it, or time is too short."""
+    def _claim(self, chunk: Chunk) -> ClaimedChunk | None:
+        """Take a chunk unless somebody has it or, since the listing, has done it, or time is too short."""
         if self.walltime.short or not self.claims.try_claim(chunk.id):
-            return False
+            return None
+        claimed = self._look(chunk)
+        if claimed is None or not self.walltime.take(len(claimed.left)):
+            self.claims.release(chunk.id)
+            return None
+        return claimed
+
+    def _look(self, chunk: Chunk) -> ClaimedChunk | None:
+        """What is there of a chunk that nobody else has; None if there is nothing to do."""
         name = part_path(chunk.id)
         with failing_run(self.job.output.shown(name)):
             done = self.job.output.exists(name)
-        if done or not self.walltime.take(chunk.num_rows):
-            self.claims.release(chunk.id)
-            return False
-        return True
+        part = self.sink.read_failed(chunk.id, self.job.failed.get(chunk.id)) if done else None
+        if done and part is None:
+            self.job.failed.pop(chunk.id, None)
+            return None
+        journal = self.journal.open(chunk, self.job.content_of(chunk), part.attempt if part else "")
+        return ClaimedChunk(chunk, journal, lambda: self.claims.confirm(chunk.id), part)
 
-    def _committed(self, chunk: Chunk, counts: Counts) -> None:
+    def _ended(self, claimed: ClaimedChunk, counts: Counts, journaled: Counts) -> None:
         """Called in the writing thread once a chunk has its Part."""
-        self.claims.release(chunk.id)
+        if counts.rows:
+            self.job.failed.pop(claimed.chunk.id, None)
+        self.claims.release(claimed.chunk.id)
         self.stats.rows += counts.rows
         self.stats.error_rows += counts.error_rows
         self.stats.prompt_tokens += counts.prompt_tokens
         self.stats.completion_tokens += counts.completion_tokens
         self.stats.target_tokens += counts.target_tokens
+        self.stats.journaled_rows += journaled.rows
+        self.stats.journaled_tokens += journaled.tokens
 
 
 def check_time(stopping: Stopping, walltime: Walltime) -> None:

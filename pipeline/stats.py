@@ -37,6 +37,10 @@ class RunStats:
     shapes there are, `graphs` the decode shapes that were captured, `eager` why others were not. Rates are
     per second of `generate_s`, over prompt and completion tokens and those of
     targets behind a prompt.
+
+    Rows and tokens are those of the chunks that the process committed, so that processes add up to the
+    whole. Of these an earlier process had computed `journaled_rows`, with `journaled_tokens` of all kinds,
+    and left them in the journal; rates are without them.
     """
 
     run_id: str = ""
@@ -51,6 +55,8 @@ class RunStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     target_tokens: int = 0
+    journaled_rows: int = 0
+    journaled_tokens: int = 0
     prefilled_tokens: int = 0
     prefix_tokens: int = 0
     padded_tokens: int = 0
@@ -84,9 +90,9 @@ class RunStats:
         """Set the rates."""
         self.wall_s = wall_s
         if self.generate_s > 0:
-            self.rows_per_s = self.rows / self.generate_s
+            self.rows_per_s = (self.rows - self.journaled_rows) / self.generate_s
             tokens = self.prompt_tokens + self.completion_tokens + self.target_tokens
-            self.tokens_per_s = tokens / self.generate_s
+            self.tokens_per_s = (tokens - self.journaled_tokens) / self.generate_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,12 +188,14 @@ def _read(store: Store, name: str) -> dict[str, Any]:
 
 def together(processes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows, tokens and rates of processes that worked at the same time, by the seconds of the longest."""
-    counted = ("rows", "prompt_tokens", "completion_tokens", "target_tokens")
-    total: dict[str, Any] = {key: sum(one[key] for one in processes) for key in counted}
+    kinds = ("prompt_tokens", "completion_tokens", "target_tokens")
+    counted = ("rows", *kinds, "journaled_rows", "journaled_tokens")
+    total: dict[str, Any] = {key: sum(one.get(key, 0) for one in processes) for key in counted}
     total |= {key: max(one[key] for one in processes) for key in ("generate_s", "load_s")}
     seconds = max(total["generate_s"], 1e-9)
-    tokens = sum(total[key] for key in counted[1:])
-    return total | {"rows_per_s": total["rows"] / seconds, "tokens_per_s": tokens / seconds}
+    rows = total["rows"] - total["journaled_rows"]
+    tokens = sum(total[key] for key in kinds) - total["journaled_tokens"]
+    return total | {"rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
 
 
 def _write(store: Store, name: str, rows: list[dict[str, Any]], like: list[dict[str, Any]]) -> None:

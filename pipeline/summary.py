@@ -63,6 +63,8 @@ def _speed(job: Job, since: datetime | None) -> Iterator[tuple[str, str]]:
         last, whose = together(beside), f", {len(beside)} processes together"
     kinds = {kind: last[f"{kind}_tokens"] for kind in ("prompt", "completion", "target")}
     tokens = " + ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count or kind != "target")
+    if last.get("journaled_rows"):
+        tokens += f", {last['journaled_tokens']:,} of them journaled by processes before,"
     yield (
         "speed",
         f"{last['rows_per_s']:,.1f} rows/s, {last['tokens_per_s']:,.0f} tokens/s "

@@ -118,7 +118,8 @@ def run_pipeline(folder: Path, kind: str) -> tuple[float, int, int]:
             return False
 
         engine = EchoEngine()
-        shift = Shift(job, claims, sink, engine, task, prompts, stats, recorder, progress, watch)  # type: ignore[arg-type]
+        journal = job.journal(claims.attempt)
+        shift = Shift(job, claims, sink, journal, engine, task, prompts, stats, recorder, progress, watch)  # type: ignore[arg-type]
         shift.work(job.pending())
     return time.perf_counter() - started, peak, stats.prompt_tokens
 

@@ -159,6 +159,7 @@ SAMPLES = {
     "output.storage_options": "{anon: true}",
     "shard.index": "1",
     "launcher.gpus": "2",
+    "retry": "failed",
 }
 """A value other than the default, for the keys where the type alone does not give one."""
 BY_TYPE = {"bool": "true", "int": "3", "float": "0.5", "str": "word", "list[int]": "[3]", "list[str]": "[a,b]"}

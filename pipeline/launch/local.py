@@ -20,6 +20,7 @@ from pipeline.console import Console, RowProgress
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.job import Job
 from pipeline.process import ExitCode, Stopping
+from pipeline.retry import look_for_errors
 from pipeline.run import finish, may_begin, show_plan
 from pipeline.settings import LocalSettings, RunConfig
 
@@ -33,6 +34,7 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
     """
     since = datetime.now(UTC)
     job = Job(config)
+    look_for_errors(job)
     if config.dry_run:
         return show_plan(job, console)
     with job.output.claims() as claims:
@@ -43,6 +45,8 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
         crew = Crew(_workers(config, arguments), console)
         codes = crew.work(job, stopping)
         job = Job(config)  # by now there is a run.json
+        if ExitCode.DONE not in codes:  # else somebody has seen all of them done again; errors may have come again
+            look_for_errors(job)
         if job.is_answered():
             return finish(job, claims, console, since)
         if ExitCode.BAD_CONFIG in codes:

@@ -38,6 +38,11 @@ class LocalDraft:
         sync_folder(self._final.parent)
         return published
 
+    def replace(self) -> None:
+        """Rename the file over the one that has its name, and wait until that is on the disk."""
+        self._temporary.replace(self._final)
+        sync_folder(self._final.parent)
+
 
 class LocalStore:
     """The Store of a local path; network file systems count as local."""
@@ -121,9 +126,10 @@ class LocalStore:
         return LocalClaims(self.root / CLAIMS, lease_s)
 
     def sweep(self) -> None:
-        """Remove what killed attempts left in journal/, and killed writers of run.json beside it."""
-        for leftover in (*self.root.glob(f"{JOURNAL}/part-*.tmp"), *self.root.glob(".run.json.*.tmp")):
-            discard(leftover)
+        """Remove what killed attempts left half-written in journal/, and killed writers of run.json beside it."""
+        for pattern in (f"{JOURNAL}/part-*.tmp", f"{JOURNAL}/.rows-*.tmp", ".run.json.*.tmp"):
+            for leftover in self.root.glob(pattern):
+                discard(leftover)
 
 
 @contextmanager

@@ -51,17 +51,22 @@ _ONE_BY_ONE = threading.Lock()  # memory:// looks and then writes; all who use i
 class RemoteDraft:
     """A file in memory, of at most one chunk, that is uploaded when it is published."""
 
-    def __init__(self, upload: Callable[[bytes], bool]) -> None:
+    def __init__(self, create: Callable[[bytes], bool], replace: Callable[[bytes], None]) -> None:
         self._buffer = BytesIO()
         self.file: BinaryIO = self._buffer
-        self._upload = upload
+        self._create = create
+        self._replace = replace
 
     def finish(self) -> None:
         """Nothing: it is safe once it is published."""
 
     def publish(self) -> bool:
         """Upload it on condition that there is no object of its name."""
-        return self._upload(self._buffer.getvalue())
+        return self._create(self._buffer.getvalue())
+
+    def replace(self) -> None:
+        """Upload it, whatever is there."""
+        self._replace(self._buffer.getvalue())
 
 
 class RemoteStore:
@@ -160,7 +165,7 @@ class RemoteStore:
     @contextmanager
     def draft(self, name: str, attempt: str) -> Iterator[RemoteDraft]:
         """A file that is written in memory; nothing of it is in the store before it is published."""
-        yield RemoteDraft(lambda data: self.create(name, data))
+        yield RemoteDraft(lambda data: self.create(name, data), lambda data: self.replace(name, data))
 
     def replace(self, name: str, data: bytes) -> None:
         """Write an object with one request."""

@@ -6,25 +6,23 @@ import json
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.source import Chunk
-from pipeline.errors import RunFailed
 from pipeline.output.durable import failing_run
-from pipeline.output.store import JOURNAL, RESULTS, StoreError
+from pipeline.output.part import ATTEMPT_KEY, COUNTS_KEY, CommittedPart, Footer, read_footer, read_part
+from pipeline.output.store import JOURNAL, RESULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import BinaryIO
 
-    from pipeline.output.store import Store
+    from pipeline.output.store import Draft, Store
 
-_COUNTS_KEY = "pipeline.counts"
-_ATTEMPT_KEY = "pipeline.attempt"
 _PART = re.compile(r"part-(\d{6,}-\d{12,})\.parquet")
 NO_ROWS = Chunk(file_ordinal=0, first_row=0, num_rows=0)
 """The chunk of a dataset without rows."""
@@ -87,6 +85,37 @@ class Sink:
         `table` has the schema's columns in any order, of types that cast to it without loss. Raises
         RunFailed when writing fails; then no final name exists that was not there before.
         """
+        with self._written(chunk, table, counts) as draft:
+            return draft.publish()
+
+    def replace(
+        self, chunk: Chunk, part: CommittedPart, rows: pa.Table, counts: Mapping[str, int], is_mine: Callable[[], bool]
+    ) -> bool:
+        """Put `rows` in the place of a Part's error rows, and `counts` in the footer: a reader finds the old Part or
+        the new one. False, and nothing happens, if the claim is not this process's any more or the Part not the same.
+
+        Raises RunFailed when writing fails; then the old Part is there.
+        """
+        with self._written(chunk, part.with_rows(rows), counts) as draft:
+            if not is_mine() or self.footer(chunk.id).attempt != part.attempt:
+                return False
+            draft.replace()
+            return True
+
+    def footer(self, chunk_id: str) -> Footer:
+        """What the Part of a chunk says of itself; RunFailed if it is unreadable or another run's."""
+        return read_footer(self._store, self._schema.metadata or {}, part_path(chunk_id))
+
+    def read_failed(self, chunk_id: str, attempt: str | None) -> CommittedPart | None:
+        """The Part of a chunk if it still is the one of an attempt, whose errors are to be done again."""
+        footer = None if attempt is None else self.footer(chunk_id)
+        if footer is None or footer.attempt != attempt:
+            return None
+        return read_part(self._store, footer, self._schema, part_path(chunk_id))
+
+    @contextmanager
+    def _written(self, chunk: Chunk, table: pa.Table, counts: Mapping[str, int]) -> Iterator[Draft]:
+        """A Part that is finished but for its name."""
         assert table.num_rows == chunk.num_rows, f"{table.num_rows} rows for {chunk}"
         table = table.select(self._schema.names).cast(self._schema)
         name = part_path(chunk.id)
@@ -95,7 +124,7 @@ class Sink:
             draft.finish()
             if self._before_publish is not None:
                 self._before_publish()
-            return draft.publish()
+            yield draft
 
     def commit_empty(self) -> bool:
         """Publish the Part without rows that keeps the schema of a dataset without rows."""
@@ -107,40 +136,20 @@ class Sink:
         Raises RunFailed if one is unreadable, or is another run's by the schema's metadata.
         """
         totals: Counter[str] = Counter()
-        for counts in self._counts([part_path(chunk_id) for chunk_id in chunk_ids]):
-            totals.update(counts)
+        for footer in self.footers(chunk_ids):
+            totals.update(footer.counts)
         return dict(totals)
 
-    def _counts(self, names: list[str]) -> Iterator[dict[str, int]]:
-        read = partial(_read_counts, self._store, self._schema.metadata or {})
+    def footers(self, chunk_ids: Iterable[str]) -> Iterator[Footer]:
+        """What the chunks' Parts say of themselves, in that order; raises what `footer` does."""
         with ThreadPoolExecutor(self._store.reads_at_once) as pool:
             try:
-                yield from pool.map(read, names)
+                yield from pool.map(self.footer, chunk_ids)
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _write(self, file: BinaryIO, table: pa.Table, counts: Mapping[str, int]) -> None:
         with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
             writer.write_table(table, row_group_size=self._row_group_rows)
-            about = {_COUNTS_KEY: json.dumps(dict(counts), sort_keys=True), _ATTEMPT_KEY: self._attempt}
+            about = {COUNTS_KEY: json.dumps(dict(counts), sort_keys=True), ATTEMPT_KEY: self._attempt}
             writer.add_key_value_metadata(about)
-
-
-def _read_counts(store: Store, expected: Mapping[bytes, bytes], name: str) -> dict[str, int]:
-    shown = store.shown(name)
-    try:
-        with store.open(name) as file:
-            metadata = pq.read_metadata(file).metadata or {}
-        counts: dict[str, int] = json.loads(metadata[_COUNTS_KEY.encode()])
-    except StoreError as error:
-        raise RunFailed(f"{shown} could not be read ({error}); run the same command again") from error
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise RunFailed(
-            f"{shown} is not a Part that this pipeline committed ({error!r}); remove it to have its rows done again"
-        ) from error
-    if any(metadata.get(key) != value for key, value in expected.items()):
-        raise RunFailed(
-            f"{shown} was made by another run than run.json tells of (its metadata names another run or other "
-            "settings); remove it to have its rows done again"
-        )
-    return counts

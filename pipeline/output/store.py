@@ -41,6 +41,10 @@ class Draft(Protocol):
         """Let the finished file appear, whole, under its final name; False where that was taken already."""
         ...
 
+    def replace(self) -> None:
+        """Let it take the place of what has its final name; a reader finds the old one or the new one."""
+        ...
+
 
 class Store(Protocol):
     """The files of one output; a name is relative to `output.dir` and has at most one folder.

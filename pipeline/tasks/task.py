@@ -28,10 +28,10 @@ class Task(Protocol):
         ...
 
 
-def common_results(chunk: Chunk, completions: Sequence[Completion]) -> dict[str, list[Any]]:
-    """The output columns that do not depend on the task."""
+def common_results(chunk: Chunk, indices: Sequence[int], completions: Sequence[Completion]) -> dict[str, list[Any]]:
+    """The output columns that do not depend on the task, for the rows of these indices in the chunk."""
     return {
-        "row_id": [chunk.row_id(index) for index in range(len(completions))],
+        "row_id": [chunk.row_id(index) for index in indices],
         "finish_reason": [c.finish_reason.value for c in completions],
         "error": [c.error for c in completions],
         "prompt_tokens": [c.prompt_tokens for c in completions],

@@ -196,6 +196,16 @@ def nothing_left_over(out: Path) -> bool:
     return not list((out / "claims").iterdir()) and not list((out / "journal").iterdir())
 
 
+def segments(out: Path) -> list[Path]:
+    """The journal of what is not committed yet."""
+    return sorted((out / "journal").glob("rows-*.segment"))
+
+
+def only_journal_left_over(out: Path) -> bool:
+    """Whether nothing of an interrupted run is there but what the next one goes on from."""
+    return not list((out / "claims").iterdir()) and sorted((out / "journal").iterdir()) == segments(out)
+
+
 def write(path: Path, columns: Mapping[str, Any] | pa.Table, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(dict(columns)), path, **options)

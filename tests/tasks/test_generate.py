@@ -59,7 +59,7 @@ def test_the_columns_are_those_of_the_schema() -> None:
     chunk = Chunk(file_ordinal=2, first_row=100, num_rows=2)
     task = GenerateTask(SamplingParams(), lambda ids: ["text" for _ in ids])
     completions = [answered(7), FAILED]
-    columns = common_results(chunk, completions) | task.results(completions, [{}, {}])
+    columns = common_results(chunk, range(2), completions) | task.results(completions, [{}, {}])
     assert set(columns) == {field.name for field in output_fields("generate")}
     assert columns["row_id"] == ["000002-000000000100", "000002-000000000101"]
     assert columns["finish_reason"] == ["stop", "error"]
