@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,65 @@ def load_config(overrides: Sequence[str], place: Place = ALONE) -> RunConfig:
     config = compose_config(overrides or ["experiment=demo"])
     _require(config, [str(group) for group in config])
     return settings_from(_values(config), place)
+
+
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides alone say, as maps in maps; raises ConfigError."""
+    said: dict[str, Any] = {}
+    try:
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            said = _merged(said, _nested(override.key_or_group, override.value()))
+        values = OmegaConf.to_container(OmegaConf.create(said), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error, overrides)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def stored_config(
+    stored: Mapping[str, Any], fingerprint: Mapping[str, Any], output_dir: str, overrides: Sequence[str]
+) -> RunConfig:
+    """The configuration in a run.json, as changed by overrides; raises ConfigError.
+
+    Credentials, which are blanked there, are left out, the prompt is that of the fingerprint, whatever has become of
+    its file, and keys that are newer than the run have their defaults.
+    """
+    values = {**_with_defaults(_without_blanks(stored)), "dry_run": False, "max_error_rate": 1.0}
+    values["task"] = {**values["task"], "prompt": None, "prompt_file": None}
+    values["output"] = {**values["output"], "dir": output_dir}
+    values["shard"] = {"index": 0, "count": 1, "wait_s": 0.0}
+    run = settings_from(_merged(values, override_values(overrides)), ALONE)
+    return replace(run, task=replace(run.task, prompt=fingerprint["task.prompt"]))
+
+
+def _without_blanks(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Maps without the entries that were blanked as credentials."""
+    return {
+        key: _without_blanks(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != BLANK
+    }
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups with the keys that their schema has and they lack."""
+    complete = dict(values)
+    for group, schemas in GROUP_SCHEMAS.items():
+        own = complete[group]
+        schema = schemas.get(own.get("kind", own.get("method", "base")), schemas.get("base"))
+        known = {} if schema is None else OmegaConf.to_container(OmegaConf.structured(schema))
+        assert isinstance(known, dict)
+        complete[group] = {**known, **own}
+    return complete
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Maps in maps, with the changes put into them."""
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, change) if isinstance(old, Mapping) and isinstance(change, Mapping) else change
+    return merged
 
 
 def load_model_config(overrides: Sequence[str], required: Sequence[str]) -> ModelConfig:

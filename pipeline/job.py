@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +14,7 @@ import pyarrow as pa
 from pipeline import __version__, fingerprint
 from pipeline.data.files import would_read
 from pipeline.data.open import open_source
-from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_of
+from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
@@ -38,9 +36,10 @@ from pipeline.template import RowTemplate, names_in
 class Job:
     """Opens everything that can be looked at cheaply; raises ConfigError on whatever does not fit together."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, output: Store | None = None) -> None:
+        """`output` is the one of `output.dir` if it is open already."""
         self.config = config
-        self.output: Store = open_store(config.output.dir, config.output.storage_options)
+        self.output: Store = output or open_store(config.output.dir, config.output.storage_options)
         answered = bool(self.committed())  # looked at first: whoever commits has made run.json before
         stored = manifests.find(self.output)
         self.source: Source = open_source(config.data)
@@ -81,15 +80,7 @@ class Job:
     @cached_property
     def chunks(self) -> list[Chunk]:
         """All chunks of the run in row order, up to `data.limit` rows."""
-        left = self.config.data.limit
-        chunks: list[Chunk] = []
-        for chunk in (c for file in self.files for c in chunks_of(file, self.config.data.chunk_rows)):
-            if left is not None:
-                chunk = replace(chunk, num_rows=min(chunk.num_rows, left))
-                left -= chunk.num_rows
-            if chunk.num_rows:
-                chunks.append(chunk)
-        return chunks
+        return chunks_within(self.files, self.config.data.chunk_rows, self.config.data.limit)
 
     @property
     def num_rows(self) -> int:
@@ -197,11 +188,7 @@ class Job:
     def _identity(self) -> dict[str, str]:
         """The run, and the settings that can change its rows."""
         assert self.manifest is not None
-        fingerprint_text = json.dumps(dict(self.manifest.fingerprint), sort_keys=True)
-        return {
-            "pipeline.run_id": self.manifest.run_id,
-            "pipeline.fingerprint": hashlib.sha256(fingerprint_text.encode()).hexdigest(),
-        }
+        return self.manifest.part_metadata()
 
     def _check_still_ours(self) -> None:
         """Raise RunFailed when run.json has been removed or replaced while this process worked."""

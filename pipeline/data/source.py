@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -100,3 +100,15 @@ def chunks_of(file: SourceFile, chunk_rows: int) -> list[Chunk]:
         Chunk(file_ordinal=file.ordinal, first_row=first, num_rows=min(chunk_rows, file.rows - first))
         for first in starts
     ]
+
+
+def chunks_within(files: Sequence[SourceFile], chunk_rows: int, limit: int | None) -> list[Chunk]:
+    """The chunks of all files in row order, up to `data.limit` rows."""
+    chunks: list[Chunk] = []
+    for chunk in (c for file in files for c in chunks_of(file, chunk_rows)):
+        if limit is not None:
+            chunk = replace(chunk, num_rows=min(chunk.num_rows, limit))
+            limit -= chunk.num_rows
+        if chunk.num_rows:
+            chunks.append(chunk)
+    return chunks

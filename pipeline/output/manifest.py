@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -67,6 +68,14 @@ class RunManifest:
         values["schema"] = _schema_to(self.schema)
         values["input_schema"] = _schema_to(self.input_schema)
         return json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    def part_metadata(self) -> dict[str, str]:
+        """What the schema of every Part says of the run it belongs to."""
+        text = json.dumps(dict(self.fingerprint), sort_keys=True)
+        return {
+            "pipeline.run_id": self.run_id,
+            "pipeline.fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        }
 
     @classmethod
     def from_json(cls, text: str) -> RunManifest:

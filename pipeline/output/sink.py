@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from pipeline.output.store import Draft, Store
 
+_CHECKED = {"write_page_checksum": True}
+"""A flipped bit in a page is found by whoever asks for it, as pipeline.verify does."""
 _PART = re.compile(r"part-(\d{6,}-\d{12,})\.parquet")
 NO_ROWS = Chunk(file_ordinal=0, first_row=0, num_rows=0)
 """The chunk of a dataset without rows."""
@@ -149,7 +151,7 @@ class Sink:
                 pool.shutdown(cancel_futures=True)
 
     def _write(self, file: BinaryIO, table: pa.Table, counts: Mapping[str, int]) -> None:
-        with pq.ParquetWriter(file, self._schema, compression=self._compression) as writer:
+        with pq.ParquetWriter(file, self._schema, compression=self._compression, **_CHECKED) as writer:
             writer.write_table(table, row_group_size=self._row_group_rows)
             about = {COUNTS_KEY: json.dumps(dict(counts), sort_keys=True), ATTEMPT_KEY: self._attempt}
             writer.add_key_value_metadata(about)

@@ -1,0 +1,205 @@
+"""`python -m pipeline.verify OUT [key=value ...] [--replay N]`: whether an output is what its run.json says.
+
+Every input row is there once, and as it was: Parts are read to their end and compared with run.json and with the
+input files; of files that are gone it is said. OUT is the folder or URL of the output; without it, the command line is
+that of the run. Further key=value change what run.json says of the run, where data or model have moved to, or
+credentials, which run.json does not hold. `--replay N` answers N rows again, drawn with `--seed`, on this machine.
+Exit codes: 0 all is well, 1 something is wrong, 2 OUT is no output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import config
+from pipeline.command import guarded
+from pipeline.console import Console
+from pipeline.data.files import is_url
+from pipeline.data.open import open_source
+from pipeline.data.source import Chunk, SourceFile, chunks_within
+from pipeline.errors import ConfigError
+from pipeline.findings import Report
+from pipeline.output import manifest as manifests
+from pipeline.output.durable import failing_run
+from pipeline.output.open import open_store
+from pipeline.output.sink import NO_ROWS, committed_parts, part_name, part_path
+from pipeline.output.store import RESULTS, RUN_JSON
+from pipeline.process import ExitCode, Stopping
+from pipeline.settings import RunConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.data.source import Source
+    from pipeline.output.manifest import RunManifest
+    from pipeline.output.store import Store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Verify the output of the given command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--replay", type=int, default=0, help="rows to answer again")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of these rows")
+    parser.add_argument("--first", type=int, default=20, help="problems to show")
+    parser.add_argument("arguments", nargs="+", metavar="OUT | key=value")
+    asked = parser.parse_intermixed_args(arguments)
+    report = Report(asked.first)
+    return guarded(
+        lambda console, stopping: verify(asked.arguments, asked.replay, asked.seed, report, console, stopping)
+    )
+
+
+def verify(
+    arguments: Sequence[str], replays: int, seed: int, report: Report, console: Console, stopping: Stopping
+) -> ExitCode:
+    """Look at everything, and say what is wrong; ConfigError for what is no output, RunFailed for a lost store."""
+    if replays < 0:
+        raise ConfigError(f"--replay must be 0 or more, got {replays}")
+    output, manifest, settings = _opened(arguments)
+    chunks = chunks_within(manifest.files, manifest.chunk_rows, manifest.fingerprint.get("data.limit"))
+    committed = committed_parts(output)
+    report.problems += _names(output, manifest, chunks, committed)
+    there = [chunk for chunk in chunks or [NO_ROWS] if chunk.id in committed]
+    totals = _read_parts(output, manifest, there, report)
+    if len(there) == len(chunks) and chunks:
+        report.problems += _totals(manifest, totals, len(chunks))
+    _compare_input(output, manifest, settings, there, report)
+    if replays and chunks:
+        from pipeline.replay import replay
+
+        try:
+            replay(settings, output, [c for c in chunks if c.id in committed], replays, seed, report, stopping)
+        except ConfigError as error:
+            report.problems.append(f"no row could be answered again: {error}")
+    report.show(console)
+    rows = f"{totals['rows']:,} rows in {len(there):,} of {max(1, len(chunks)):,} parts"
+    console.result(f"{output.shown()}: {rows}, {len(report.problems) or 'nothing'} wrong")
+    return ExitCode.FAILED if report.problems else ExitCode.DONE
+
+
+def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
+    """The output that is named, with the configuration of its run.json, or that of the run's command line."""
+    first, overrides = arguments[0], arguments[1:]
+    if "=" in first and not is_url(first.partition("=")[0]) and not Path(first).is_dir():
+        settings = config.load_config(arguments)
+        output = open_store(settings.output.dir, settings.output.storage_options)
+        return output, _manifest_of(output), settings
+    output = open_store(first, config.override_values(overrides).get("output", {}).get("storage_options", {}))
+    manifest = _manifest_of(output)
+    return output, manifest, config.stored_config(manifest.config, manifest.fingerprint, first, overrides)
+
+
+def _manifest_of(output: Store) -> RunManifest:
+    with failing_run(output.shown()):
+        if not output.exists(RUN_JSON):
+            has = "results, but no run.json to hold them against" if output.names(RESULTS) else "no run.json"
+            raise ConfigError(f"{output.shown()} is no output of a run: it has {has}; name the folder of run.json")
+    return manifests.load(output)
+
+
+def _names(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], committed: set[str]) -> Iterator[str]:
+    """Chunks without a Part, and what lies among the Parts and is none of a chunk."""
+    files = {file.ordinal: file.name for file in manifest.files}
+    for chunk in chunks:
+        if chunk.id not in committed:
+            rows = (
+                f"rows {chunk.first_row:,} to {chunk.first_row + chunk.num_rows - 1:,} of {files[chunk.file_ordinal]}"
+            )
+            yield f"{output.shown(part_path(chunk.id))} is missing: {rows}"
+    expected = {part_name(chunk.id) for chunk in chunks or [NO_ROWS]}
+    if not chunks and not committed:
+        yield f"{output.shown(part_path(NO_ROWS.id))} is missing, which holds the schema of a dataset without rows"
+    with failing_run(output.shown(RESULTS)):
+        others = sorted(set(output.names(RESULTS)) - expected)
+    for name in others:
+        yield f"{output.shown(RESULTS)}/{name} is no Part of a chunk of run.json"
+
+
+def _read_parts(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], report: Report) -> Counter[str]:
+    """The counts of all Parts, as many read at a time as the store is quick at."""
+    from pipeline.output.inspection import inspect_part
+
+    schema = manifest.schema.with_metadata(manifest.part_metadata())
+    totals: Counter[str] = Counter()
+    with ThreadPoolExecutor(output.reads_at_once) as pool:
+        for found in pool.map(lambda chunk: inspect_part(output, schema, chunk), chunks):
+            totals.update(found.counts)
+            report.problems += found.problems
+    return totals
+
+
+def _totals(manifest: RunManifest, totals: Counter[str], chunks: int) -> Iterator[str]:
+    """Where the summary in run.json, if it is of all Parts, says something else than they do."""
+    summary = manifest.summary or {}
+    for key in ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens"):
+        if summary.get("chunks") == chunks and summary.get(key, totals[key]) != totals[key]:
+            yield f"{RUN_JSON} says {key}={summary[key]:,} of all Parts, and they have {totals[key]:,}"
+
+
+def _compare_input(
+    output: Store, manifest: RunManifest, settings: RunConfig, chunks: Sequence[Chunk], report: Report
+) -> None:
+    """Hold the input columns that are in the Parts against the input, file by file."""
+    source = open_source(settings.data)
+    source.fix_schema(manifest.input_schema)
+    try:
+        found = {file.name: file for file in source.find()}
+    except ConfigError as error:
+        report.notes.append(f"the input was not compared: {error}")
+        return
+    for file in manifest.files:
+        now = found.get(file.name)
+        if now is None:
+            report.notes.append(f"{file.path} is gone, its rows were not compared with it")
+        elif (now.size, now.digest) != (file.size, file.digest):
+            report.problems.append(
+                f"{now.path} is not the file that was registered ({now.size} bytes, then {file.size})"
+            )
+        else:
+            mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
+            report.problems += _compare_rows(output, manifest, source, replace(file, path=now.path), mine)
+
+
+def _compare_rows(
+    output: Store, manifest: RunManifest, source: Source, file: SourceFile, chunks: Sequence[Chunk]
+) -> Iterator[str]:
+    kept = manifest.schema.names[: manifest.schema.get_field_index("row_id")]
+    if not kept:
+        return
+    for chunk, rows in zip(chunks, source.read(file, chunks), strict=True):
+        part = _kept_columns(output, chunk, kept)
+        if part is not None and not _same(part, rows.table.select(kept)):
+            yield f"{output.shown(part_path(chunk.id))} holds other rows than {file.path} has there"
+
+
+def _kept_columns(output: Store, chunk: Chunk, kept: Sequence[str]) -> pa.Table | None:
+    """None for a Part that cannot be read, which has been told."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with output.open(part_path(chunk.id)) as source, pq.ParquetFile(source) as file:
+            return file.read(list(kept))
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def _same(one: pa.Table, other: pa.Table) -> bool:
+    """Whether two tables have the same values; NaN is the same as NaN."""
+    one = one.replace_schema_metadata(None)
+    if one.schema.names != other.schema.names or one.num_rows != other.num_rows:
+        return False
+    return bool(one.equals(other)) or repr(one.to_pylist()) == repr(other.to_pylist())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
