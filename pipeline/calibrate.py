@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pipeline.console import Console
 from pipeline.data.open import open_source
-from pipeline.data.source import SourceFile, chunks_of
+from pipeline.data.source import SourceFile, chunks_of, registered
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.intake import read_rows
 from pipeline.models.checkpoint import Checkpoint
@@ -81,13 +81,7 @@ def calibration_rows(asked: ModelConfig, tokenizer: Tokenizer, console: Console)
     source = open_source(asked.data)
     found = source.find()
     prompts = PromptBuilder(tokenizer, asked.task, source.schema().names)
-    files = [
-        SourceFile(
-            ordinal=ordinal, name=file.name, path=file.path, size=file.size, digest=file.digest,
-            rows=source.count(file) if file.rows is None else file.rows,
-        )
-        for ordinal, file in enumerate(found)
-    ]  # fmt: skip
+    files = [registered(ordinal, file, source.count) for ordinal, file in enumerate(found)]
     made: list[list[int]] = []
     failed: list[str] = []
     for row in islice(_rows(source, files, asked.data), asked.data.limit or DEFAULT_ROWS):

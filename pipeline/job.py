@@ -47,6 +47,7 @@ class Job:
             self.source.fix_schema(stored.input_schema)
         self.found: list[FoundFile] = list(self.source.find())
         self.count = cache(self.source.count)
+        self.grown = cache(self.source.grown)
         self.input_schema: pa.Schema = self._input_schema()
         self._check_columns()
         self._check_output_apart()
@@ -75,7 +76,7 @@ class Job:
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before the first run, as they would be registered."""
         base = self.manifest or self.fresh_manifest({}, {}, {})
-        return manifests.register(base, self.found, self.committed(), self.count)
+        return self._register(base)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -152,7 +153,7 @@ class Job:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
         if self.manifest is None:
             fresh = self.fresh_manifest(resolved, shapes, noted)
-            fresh = replace(fresh, files=manifests.register(fresh, self.found, set(), self.count))
+            fresh = replace(fresh, files=self._register(fresh))
             manifest, created = manifests.create_or_load(self.output, fresh)
         else:
             manifest, created = manifests.load(self.output), False
@@ -228,7 +229,14 @@ class Job:
                 sweep_journal(self.output, self.committed())
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifest, files=manifests.register(manifest, self.found, self.committed(), self.count))
+        return replace(manifest, files=self._register(manifest))
+
+    def _register(self, manifest: RunManifest) -> tuple[SourceFile, ...]:
+        """The files of a run.json as they are now; looked for again if another process has seen more of one."""
+        sizes = {file.name: file.size for file in manifest.files}
+        if any(file.size < sizes.get(file.name, 0) for file in self.found):
+            self.found = list(self.source.find())
+        return manifests.register(manifest, self.found, self.committed(), self.count, self.grown)
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
@@ -249,7 +257,7 @@ class Job:
     def _input_schema(self) -> pa.Schema:
         """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""
         schema = self.source.schema()
-        if schema.names or any(self.count(file) if file.rows is None else file.rows for file in self.found):
+        if schema.names or any(self.count(file).rows if file.rows is None else file.rows for file in self.found):
             return schema
         task, kept = self.config.task, self.config.output.columns or ()
         columns = [task.truth, task.target, task.labels if isinstance(task.labels, str) else None]

@@ -115,7 +115,7 @@ def _names(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], commit
                 f"rows {chunk.first_row:,} to {chunk.first_row + chunk.num_rows - 1:,} of {files[chunk.file_ordinal]}"
             )
             yield f"{output.shown(part_path(chunk.id))} is missing: {rows}"
-    expected = {part_name(chunk.id) for chunk in chunks or [NO_ROWS]}
+    expected = {part_name(chunk.id) for chunk in (*chunks, NO_ROWS)}  # a dataset may have had no rows once
     if not chunks and not committed:
         yield f"{output.shown(part_path(NO_ROWS.id))} is missing, which holds the schema of a dataset without rows"
     with failing_run(output.shown(RESULTS)):
@@ -160,13 +160,17 @@ def _compare_input(
         now = found.get(file.name)
         if now is None:
             report.notes.append(f"{file.path} is gone, its rows were not compared with it")
-        elif (now.size, now.digest) != (file.size, file.digest):
-            report.problems.append(
-                f"{now.path} is not the file that was registered ({now.size} bytes, then {file.size})"
-            )
-        else:
-            mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
-            report.problems += _compare_rows(output, manifest, source, replace(file, path=now.path), mine)
+            continue
+        file = replace(file, path=now.path)
+        if (now.size, now.digest) != (file.size, file.digest):
+            counted = source.grown(file, now)
+            if isinstance(counted, str):
+                sizes = f"{now.size} bytes, then {file.size}"
+                report.problems.append(f"{now.path} is not the file that was registered ({sizes}): {counted}")
+                continue
+            report.notes.append(f"{now.path} has {counted.rows - file.rows:,} more rows than are registered")
+        mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
+        report.problems += _compare_rows(output, manifest, source, file, mine)
 
 
 def _compare_rows(

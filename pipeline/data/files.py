@@ -7,9 +7,10 @@ import glob
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, cast
@@ -106,8 +107,9 @@ def locate(paths: str | Sequence[str], kind: FileKind, storage_options: Mapping[
     if not found:
         raise ConfigError("data.path is an empty list; name at least one file, folder or glob")
     unique: dict[str, Located] = {}
+    real = cache(os.path.realpath)
     for file in sorted(found, key=lambda file: (file.name, file.path)):
-        unique.setdefault(_identity(file), file)
+        unique.setdefault(_identity(file, real), file)
     return list(unique.values())
 
 
@@ -135,10 +137,13 @@ def read_ranges(files: Sequence[Located], ranges: Sequence[tuple[int, int]]) -> 
 def edge_digests(files: Sequence[Located]) -> list[str]:
     """For each file a hash of its size, its first and its last 64 KiB: cheap, and blind to a change in between."""
     heads = read_ranges(files, [(0, min(EDGE_BYTES, file.size)) for file in files])
-    tails = read_ranges(files, [(max(0, file.size - EDGE_BYTES), file.size) for file in files])
+    longer = [file for file in files if file.size > EDGE_BYTES]
+    tails = iter(read_ranges(longer, [(file.size - EDGE_BYTES, file.size) for file in longer]))
     return [
-        hashlib.sha256(file.size.to_bytes(8, "little") + head + tail).hexdigest()
-        for file, head, tail in zip(files, heads, tails, strict=True)
+        hashlib.sha256(
+            file.size.to_bytes(8, "little") + head + (next(tails) if file.size > EDGE_BYTES else head)
+        ).hexdigest()
+        for file, head in zip(files, heads, strict=True)
     ]
 
 
@@ -341,13 +346,15 @@ def _named(file: Located, name: str) -> Located:
     return replace(file, name=name)
 
 
-def _identity(file: Located) -> str:
+def _identity(file: Located, real: Callable[[str], str]) -> str:
     """Equal for a file that is reached twice.
 
     The last component stays unresolved: two links to one blob (as hubs cache equal shards) are two files.
     """
-    path = Path(file.key)
-    return file.path if file.fs is not None else str(path.parent.resolve() / path.name)
+    if file.fs is not None:
+        return file.path
+    folder, _, name = file.key.rpartition("/")
+    return f"{real(folder or '/')}/{name}"
 
 
 def _is_wild(text: str) -> bool:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.data.arrow_stream import ArrowRows, MappedRows, read_schema
 from pipeline.data.files import FileKind, Located, edge_digests, first_line, is_url, locate, no_file, reaching
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
-from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
+from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
 SHARDS = FileKind("Arrow", (".arrow",))
@@ -82,12 +82,16 @@ class HubSource:
             raise ConfigError(f"data.path {', '.join(paths)} has no rows and no columns; name another split or dataset")
         return found
 
-    def count(self, found: FoundFile) -> int:
+    def count(self, found: FoundFile) -> Counted:
         """Rows in the shard's batches; the data itself is not looked at."""
         with reaching(found.path):
             saved = self._saved[found.path]
             parts = saved.indices or saved.shards
-            return sum(ArrowRows(part).count() for part in parts)
+            return Counted(rows=sum(ArrowRows(part).count() for part in parts))
+
+    def grown(self, file: SourceFile, found: FoundFile) -> str:
+        """Never: datasets are saved anew."""
+        return "nothing can be appended to a saved dataset; save new rows as a new one"
 
     def fix_schema(self, schema: pa.Schema) -> None:
         """Hold the shards to the schema of the run's first start."""

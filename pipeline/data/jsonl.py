@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,9 +12,10 @@ import pyarrow as pa
 from pipeline.data.files import FileKind, Located, edge_digests, locate, reaching
 from pipeline.data.json_rows import RowParser
 from pipeline.data.json_values import MAX_KEYS, SeenTypes, Unfit, parse_object, shown
-from pipeline.data.lines import Line, LineIndex, LineReader, compression_of
+from pipeline.data.lines import Line, LineIndex, LineReader, LongLine, compression_of
+from pipeline.data.prefix import HashedFile, Prefix
 from pipeline.data.schemas import checked_columns, listed
-from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
+from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
 JSONL = FileKind("JSON lines", tuple(s + c for s in (".jsonl", ".ndjson", ".json") for c in ("", ".gz", ".zst")))
@@ -51,10 +54,24 @@ class JsonlSource:
             for file, digest in zip(located, edge_digests(located), strict=True)
         ]
 
-    def count(self, found: FoundFile) -> int:
+    def count(self, found: FoundFile) -> Counted:
         """Lines that are not blank; reads the file once, and remembers where its lines are."""
-        with reaching(found.path), self._reader(found.path) as reader:
-            return reader.count()
+        with reaching(found.path):
+            return self._count(found)[0]
+
+    def grown(self, file: SourceFile, found: FoundFile) -> Counted | str:
+        """The rows of a file to which whole lines were appended; reads it once, also what was known of it."""
+        if found.size <= file.size:
+            return "it is not longer than it was"
+        with reaching(found.path):
+            if not self._begins_as(file, self._files[found.path]):
+                return "what is at its beginning, or was at its end, is there no more"
+            counted, before = self._count(found, mark=file.size)
+            if file.content and before != file.content:
+                return f"its first {file.size:,} bytes are others than they were"
+            if file.rows and self._last_row(file, file.size) != self._last_row(file, found.size):
+                return "its last line had no end and has been continued; append whole lines"
+        return counted
 
     def fix_schema(self, schema: pa.Schema) -> None:
         """Take the schema of the run's first start in place of looking at rows."""
@@ -78,19 +95,50 @@ class JsonlSource:
         located = self._registered(file)
         parser = RowParser(self.schema(), file.name, ignore_others=self._columns is not None)
         with reaching(file.path, RunFailed):
-            reader = self._reader(file.path)
+            reader = self._reader(file.path, file.size)
         with reader:
             for chunk in chunks:
                 assert chunk.file_ordinal == file.ordinal
                 with reaching(file.path, RunFailed):
                     rows = parser.rows(reader.take(chunk.first_row, chunk.num_rows))
-                    located.require_unchanged()
+                    located = self._still(file, located)
                 yield rows
 
-    def _reader(self, path: str) -> LineReader:
+    def _reader(self, path: str, size: int) -> LineReader:
+        """The lines of a file's first bytes, whatever is behind them."""
         file = self._files[path]
         index = self._indexes.setdefault(path, LineIndex())
-        return LineReader(lambda: file.open(in_order=True), compression_of(file.inner), index)
+        return LineReader(lambda: Prefix(file.open(in_order=True), size), compression_of(file.inner), index)
+
+    def _count(self, found: FoundFile, mark: int = 0) -> tuple[Counted, str]:
+        """Rows and hash of a file's bytes, and the hash of those before `mark`; UnreadableFile if it is shorter now."""
+        located = self._files[found.path]
+        index = self._indexes[found.path] = LineIndex()
+        hashed = HashedFile(located.open(in_order=True), found.size, mark)
+        with LineReader(lambda: hashed, compression_of(located.inner), index) as reader:
+            rows = reader.count()
+            content, before = hashed.digests()
+        return Counted(rows=rows, content=content), before
+
+    def _last_row(self, file: SourceFile, size: int) -> tuple[int, bytes]:
+        """The last registered row as it is in so many bytes of the file: the length of its line, and the line."""
+        with self._reader(file.path, size) as reader:
+            ((_, line),) = reader.take(file.rows - 1, 1)
+        line_bytes = line.length if isinstance(line, LongLine) else len(line.strip())
+        return line_bytes, bytes(line.strip())
+
+    def _begins_as(self, file: SourceFile, located: Located) -> bool:
+        """Whether a file that is at least as long as it was registered still has both ends where they were."""
+        return located.size >= file.size and edge_digests([replace(located, size=file.size)]) == [file.digest]
+
+    def _still(self, file: SourceFile, located: Located) -> Located:
+        """The local file as it is after a chunk was read; RunFailed if more was done to it than appending."""
+        if located.fs is not None or not Path(located.key).exists():
+            return located
+        now = located.renewed()
+        if now.size <= located.size or not self._begins_as(file, now):
+            located.require_unchanged()
+        return now
 
     def _infer(self) -> pa.Schema:
         if not self._files:
@@ -128,7 +176,7 @@ class JsonlSource:
         """The first rows of every file."""
         share = max(1, SAMPLE_ROWS // len(self._files))
         for file in self._files.values():
-            with reaching(file.path), self._reader(file.path) as reader:
+            with reaching(file.path), self._reader(file.path, file.size) as reader:
                 lines = reader.head(share, max(1, _SAMPLE_BYTES // len(self._files)))
             yield from lines
 
@@ -143,10 +191,10 @@ class JsonlSource:
         located = self._files[file.path]
         with reaching(file.path):
             now = located.renewed()
-            same = now.size == file.size and edge_digests([now]) == [file.digest]
+            same = self._begins_as(file, now)
         if not same:
             raise ConfigError(
                 f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "
                 f"{file.size}); restore it, or start another output.dir"
             )
-        return located
+        return now

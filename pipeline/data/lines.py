@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -20,6 +21,8 @@ _STRIDE_BYTES = 4 * 2**20  # how far apart the places are that an index remember
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
+Stream = BinaryIO | RawIOBase
+"""A file open for reading bytes."""
 Line = tuple[int, bytes]
 """A line's number, from 1, and its bytes without line end."""
 
@@ -67,11 +70,11 @@ class LineReader:
     A context manager around the open file.
     """
 
-    def __init__(self, open_file: Callable[[], BinaryIO], compression: str | None, index: LineIndex) -> None:
+    def __init__(self, open_file: Callable[[], Stream], compression: str | None, index: LineIndex) -> None:
         self._open_file = open_file
         self._compression = compression
         self._index = index
-        self._file: BinaryIO | None = None
+        self._file: Stream | None = None
         self._enter(index.before(0))
 
     def __enter__(self) -> LineReader:

@@ -14,7 +14,7 @@ from pipeline.data.files import FileKind, Located, first_line, locate, reaching
 from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
 from pipeline.data.parquet_footer import read_footers
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
-from pipeline.data.source import Chunk, FoundFile, Rows, SourceFile
+from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
 
 PARQUET = FileKind("Parquet", (".parquet",))
@@ -66,10 +66,14 @@ class ParquetSource:
         self._files = {file.path: file for file in files}
         return found
 
-    def count(self, found: FoundFile) -> int:
+    def count(self, found: FoundFile) -> Counted:
         """What its footer says."""
         assert found.rows is not None
-        return found.rows
+        return Counted(rows=found.rows)
+
+    def grown(self, file: SourceFile, found: FoundFile) -> str:
+        """Never: a footer that knows of more rows is another footer."""
+        return "nothing can be appended to a Parquet file; put new rows in a new one"
 
     def fix_schema(self, schema: pa.Schema) -> None:
         """Hold every file to the schema of the run's first start."""

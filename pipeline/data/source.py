@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import pyarrow as pa
 
@@ -29,8 +30,20 @@ class FoundFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """The rows of a file, and, where rows can be appended to it, a hash of all its bytes (else empty)."""
+
+    rows: int
+    content: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """A registered file: a FoundFile with its rows counted and its ordinal, the position of its registration."""
+    """A registered file: a FoundFile with its rows counted and its ordinal, the position of its registration.
+
+    `content` is the hash in Counted. `ends` are the numbers of rows that it had before it was appended to, each time:
+    chunks begin there anew, so that those before stay what they were.
+    """
 
     ordinal: int
     name: str
@@ -38,6 +51,8 @@ class SourceFile:
     size: int
     rows: int
     digest: str
+    content: str = ""
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -76,8 +91,15 @@ class Source(Protocol):
         """The files as they are now, without reading their rows; ConfigError where there are none."""
         ...
 
-    def count(self, found: FoundFile) -> int:
+    def count(self, found: FoundFile) -> Counted:
         """The rows of a file that has just been found; may read it whole, so asked once, at its registration."""
+        ...
+
+    def grown(self, file: SourceFile, found: FoundFile) -> Counted | str:
+        """The rows of a registered file that is found otherwise, if it was appended to and all before is as it was.
+
+        The reason where that is not so. May read the file whole.
+        """
         ...
 
     def fix_schema(self, schema: pa.Schema) -> None:
@@ -93,12 +115,20 @@ class Source(Protocol):
         ...
 
 
+def registered(ordinal: int, found: FoundFile, count: Callable[[FoundFile], Counted]) -> SourceFile:
+    """A file as it is registered; its rows are counted where finding it did not tell them."""
+    counted = Counted(rows=found.rows) if found.rows is not None else count(found)
+    return SourceFile(
+        ordinal=ordinal, name=found.name, path=found.path, size=found.size, digest=found.digest, **asdict(counted)
+    )
+
+
 def chunks_of(file: SourceFile, chunk_rows: int) -> list[Chunk]:
     """The chunks of a registered file, in row order; `chunk_rows` is fixed at the first run."""
-    starts = range(0, file.rows, chunk_rows)
     return [
-        Chunk(file_ordinal=file.ordinal, first_row=first, num_rows=min(chunk_rows, file.rows - first))
-        for first in starts
+        Chunk(file_ordinal=file.ordinal, first_row=first, num_rows=min(chunk_rows, end - first))
+        for begin, end in pairwise((0, *file.ends, file.rows))
+        for first in range(begin, end, chunk_rows)
     ]
 
 

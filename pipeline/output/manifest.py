@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.data.source import FoundFile, SourceFile, chunks_of
+from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output.claims import RUN_CLAIM
 from pipeline.output.durable import failing_run
@@ -85,7 +85,7 @@ class RunManifest:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
         try:
-            values["files"] = tuple(SourceFile(**file) for file in values["files"])
+            values["files"] = tuple(_file_from(file) for file in values["files"])
             values["schema"] = _schema_from(values["schema"]["arrow_ipc_base64"])
             values["input_schema"] = _schema_from(values["input_schema"]["arrow_ipc_base64"])
             return cls(**values)
@@ -182,42 +182,67 @@ def register(
     manifest: RunManifest,
     found: Sequence[FoundFile],
     committed: AbstractSet[str],
-    count: Callable[[FoundFile], int],
+    count: Callable[[FoundFile], Counted],
+    grown: Callable[[SourceFile, FoundFile], Counted | str],
 ) -> tuple[SourceFile, ...]:
-    """The manifest's files with their present paths, then the new ones, sorted by name.
+    """The manifest's files with their present paths and what was appended to them, then the new ones, by name.
 
-    An ordinal, once given, stays. `committed` are the ids of the chunks that have a Part; `count` says
-    how many rows a new file has. Raises ConfigError for a registered file that has changed, or that is
-    gone before all of it was done.
+    An ordinal, once given, stays; a file without rows that has changed is a new one. `committed` are the ids of the
+    chunks that have a Part; `count` says how many rows a new file has, `grown` how many one has that has changed.
+    Raises ConfigError for a registered file that has changed otherwise, or that is gone before all of it was done.
     """
     by_name = {file.name: file for file in found}
-    known = [_still(file, by_name.get(file.name), manifest, committed) for file in manifest.files]
+    limit = manifest.fingerprint.get("data.limit")
+    room = None if limit is None else max(0, limit - sum(file.rows for file in manifest.files))
+    known: list[SourceFile] = []
+    for file in manifest.files:
+        now = by_name.get(file.name)
+        if now is None:
+            known.append(_gone(file, manifest, committed))
+        elif (now.size, now.digest) == (file.size, file.digest):
+            known.append(replace(file, path=now.path))
+        elif room == 0 and now.size > file.size:
+            known.append(replace(file, path=now.path))  # what was appended to it is beyond data.limit
+        elif file.rows:
+            known.append(_grown(file, now, grown(replace(file, path=now.path), now), room))
+            room = None if room is None else room - (known[-1].rows - file.rows)
     known_names = {file.name for file in known}
     new = sorted((file for file in found if file.name not in known_names), key=lambda file: file.name)
-    first = 1 + max((file.ordinal for file in known), default=-1)
-    return (*known, *(_registered(first + index, file, count) for index, file in enumerate(new)))
+    first = 1 + max((file.ordinal for file in manifest.files), default=-1)
+    return (*known, *(registered(first + index, file, count) for index, file in enumerate(new)))
 
 
-def _registered(ordinal: int, file: FoundFile, count: Callable[[FoundFile], int]) -> SourceFile:
-    rows = count(file) if file.rows is None else file.rows
-    return SourceFile(ordinal=ordinal, name=file.name, path=file.path, size=file.size, rows=rows, digest=file.digest)
+def _gone(file: SourceFile, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
+    """A registered file that is not there any more and need not be."""
+    if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
+        return file
+    raise ConfigError(
+        f"data.path has no {file.name} any more (it was {file.path}), and not all its rows are done; restore the "
+        "file, or use another output.dir"
+    )
 
 
-def _still(file: SourceFile, found: FoundFile | None, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
-    """A registered file as it is found now."""
-    if found is None:
-        if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
-            return file
+def _grown(file: SourceFile, found: FoundFile, counted: Counted | str, room: int | None) -> SourceFile:
+    """A registered file with the rows that were appended to it, as far as `data.limit` leaves room (None: for all).
+
+    The rows up to the limit stay those that were first registered, whatever grows later.
+    """
+    if isinstance(counted, str):
         raise ConfigError(
-            f"data.path has no {file.name} any more (it was {file.path}), and not all its rows are done; restore the "
-            "file, or use another output.dir"
+            f"data.path {found.path} has changed since it was registered ({file.size} bytes then, {found.size} now): "
+            f"{counted}; restore the file, give the new content a new name, or use another output.dir"
         )
-    if (found.size, found.digest) != (file.size, file.digest):
-        raise ConfigError(
-            f"data.path {found.path} has changed since it was registered ({file.size} bytes then, {found.size} now); "
-            "restore the file, give the new content a new name, or use another output.dir"
-        )
-    return replace(file, path=found.path)
+    added = counted.rows - file.rows if room is None else min(counted.rows - file.rows, room)
+    return SourceFile(
+        ordinal=file.ordinal,
+        name=file.name,
+        path=found.path,
+        size=found.size,
+        rows=file.rows + added,
+        digest=found.digest,
+        content=counted.content,
+        ends=(*file.ends, file.rows) if added else file.ends,
+    )
 
 
 def _lock(shown: str, lock: Claims) -> None:
@@ -235,6 +260,10 @@ def _unreadable(store: Store, error: Exception) -> ConfigError:
         f"output.dir {store.shown()} has a run.json that cannot be read ({error}); restore it, or use another "
         "output.dir"
     )
+
+
+def _file_from(values: dict[str, Json]) -> SourceFile:
+    return SourceFile(**{**values, "ends": tuple(values.get("ends", ()))})
 
 
 def _schema_to(schema: pa.Schema) -> Json:

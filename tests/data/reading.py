@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.data.source import Source, SourceFile, chunks_of
+from pipeline.data.source import registered as register
 
 
 def registered(source: Source) -> list[SourceFile]:
     """The source's files as a first run registers them."""
-    return [
-        SourceFile(ordinal=ordinal, **(asdict(found) | {"rows": source.count(found)}))
-        for ordinal, found in enumerate(source.find())
-    ]
+    return [register(ordinal, found, source.count) for ordinal, found in enumerate(source.find())]
 
 
 def read_all(source: Source, chunk_rows: int = 4096) -> tuple[pa.Table, list[str | None]]:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import Place, store_environment, store_from_environment  # noqa: F401  # by RACER
 
-from pipeline.data.source import FoundFile, SourceFile, chunks_of
+from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, chunks_within
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output import manifest as room
 from pipeline.output.local import LocalStore
@@ -89,6 +89,7 @@ def test_run_json_gives_back_what_was_stored_and_is_readable(place: Place) -> No
     assert values["schema"]["fields"][0] == "id: int64"
     assert values["files"][0] == {
         "ordinal": 0, "name": "a.parquet", "path": "/d/a.parquet", "size": 175, "rows": 25, "digest": "d",
+        "content": "", "ends": [],
     }  # fmt: skip
     assert list(place.files()) == ["run.json"]
 
@@ -257,7 +258,10 @@ def test_another_runs_fingerprint_is_refused_in_one_sentence() -> None:
 
 
 def register(run: RunManifest, files: list[FoundFile], committed: set[str]) -> tuple[SourceFile, ...]:
-    return room.register(run, files, committed, count=lambda file: pytest.fail(f"{file.name} is counted already"))
+    def count(file: FoundFile) -> Counted:
+        pytest.fail(f"{file.name} is counted already")
+
+    return room.register(run, files, committed, count, lambda file, found: "it is another")
 
 
 def test_known_files_keep_their_ordinals_and_new_ones_follow_by_name() -> None:
@@ -293,5 +297,56 @@ def test_a_file_may_go_when_all_of_it_is_done() -> None:
 
 def test_rows_are_counted_only_when_a_file_is_registered() -> None:
     uncounted = [replace(file, rows=None) for file in (found("a.parquet", 25), found("c.parquet", 5), found("e", 7))]
-    files = room.register(manifest(), uncounted, set(), count=lambda file: {"e": 7}[file.name])
+    files = room.register(manifest(), uncounted, set(), lambda file: Counted(rows={"e": 7}[file.name]), str)
     assert [(file.name, file.rows) for file in files] == [("a.parquet", 25), ("c.parquet", 5), ("e", 7)]
+
+
+def grown(rows: int, reason: str = "") -> tuple[SourceFile, ...]:
+    """a.parquet of 25 rows found again with so many; c.parquet as it was."""
+    now = [replace(found("a.parquet", rows, digest="more"), rows=None), found("c.parquet", 5)]
+    return room.register(manifest(), now, set(), str, lambda file, found: reason or Counted(rows=rows, content="h"))
+
+
+def test_rows_that_were_appended_are_registered_behind_the_old_ones() -> None:
+    first, second = grown(31)
+    assert first == replace(registered(0, "a.parquet", 31), digest="more", content="h", ends=(25,))
+    assert second == registered(1, "c.parquet", 5)
+    assert [(chunk.first_row, chunk.num_rows) for chunk in chunks_of(first, 10)] == [
+        (0, 10),
+        (10, 10),
+        (20, 5),
+        (25, 6),
+    ]
+    again = found("a.parquet", 40, digest="still more")
+    run = manifest(files=(first, second))
+    last, _ = room.register(run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=40, content="i"))
+    assert last.ends == (25, 31) and last.rows == 40
+    blank, _ = room.register(
+        run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=31, content="i")
+    )
+    assert (blank.ends, blank.rows, blank.digest) == ((25,), 31, "still more"), "blank lines are no rows"
+
+
+def test_what_else_was_done_to_a_file_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"a\.parquet has changed .*: its last line was continued; restore"):
+        grown(31, "its last line was continued")
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(20, 25), (30, 25), (33, 28), (100, 45)])
+def test_appended_rows_do_not_push_out_others_that_were_within_the_limit(limit: int, rows: int) -> None:
+    run = manifest(fingerprint={"data.limit": limit})
+    now = [found("a.parquet", 45, digest="more"), found("c.parquet", 5)]
+    files = room.register(run, now, set(), str, lambda file, found: Counted(rows=45))
+    assert files[0].rows == rows
+    before, after = (chunks_within(some, 10, limit) for some in (run.files, files))
+    assert set(before) <= set(after), "a chunk that may have been committed is what it was"
+    assert sum(chunk.num_rows for chunk in after) == min(limit, 50)
+
+
+def test_a_file_without_rows_may_become_another() -> None:
+    """Its place may hold the empty Part of a dataset without rows, so it gets a new one."""
+    empty = (replace(registered(0, "a", 0), size=3), registered(1, "c", 5))
+    files = register(manifest(files=empty), [found("a", 4), found("c", 5)], set())
+    assert [(file.ordinal, file.name, file.rows) for file in files] == [(1, "c", 5), (2, "a", 4)]
+    files = register(manifest(files=empty[:1]), [found("a", 4)], set())
+    assert [(file.ordinal, file.name, file.rows) for file in files] == [(1, "a", 4)]
