@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import run
+from pipeline.claimed import ClaimedChunk
 from pipeline.console import Console
 from pipeline.data.source import Chunk
 from pipeline.errors import Interrupted
 from pipeline.findings import Report
 from pipeline.job import Job
+from pipeline.output.journal import ChunkJournal
 from pipeline.output.manifest import diff
 from pipeline.output.sink import Sink, part_path
 from pipeline.process import Stopping
@@ -23,6 +25,7 @@ from pipeline.settings import RunConfig
 from pipeline.stats import RunStats
 
 if TYPE_CHECKING:
+    from pipeline.core import Completion
     from pipeline.engine.dedup import RequestEngine
     from pipeline.output.store import Store
 
@@ -48,6 +51,19 @@ class Kept(Sink):
         """Nothing is written."""
         self.tables[chunk.id] = table
         return True
+
+
+class NoJournal(ChunkJournal):
+    """Knows nothing and keeps nothing: every row is answered."""
+
+    def __init__(self) -> None:
+        self.found: Mapping[int, Completion] = {}
+
+    def write(self, completions: Mapping[int, Completion]) -> None:
+        """Nothing is written."""
+
+    def remove(self) -> None:
+        """Nothing is there."""
 
 
 def replay(
@@ -112,12 +128,16 @@ def answer(job: Job, rows: Sequence[Chunk], report: Report, stopping: Stopping) 
     silent = Console(is_terminal=False)
     engine = run.load_engine(job, runtime, tokenizer, prompts, silent, stopping, RunStats())
     kept = Kept()
-    outlet = Outlet(kept, task, job.schema, lambda chunk, counts: None)
+    outlet = Outlet(kept, task, job.schema, lambda chunk, counts, journaled: None)
     ready = Preparation(prompts, task, lambda request: unfit(request, engine.plan), engine.plan.max_len)
-    with Intake(job.source, job.files, rows, lambda chunk: True, ready) as intake:
+    with Intake(job.source, job.files, rows, _taken, ready) as intake:
         _pump(engine, intake, outlet, stopping)
     outlet.close()
     return kept.tables
+
+
+def _taken(chunk: Chunk) -> ClaimedChunk:
+    return ClaimedChunk(chunk, NoJournal(), lambda: True)
 
 
 def _pump(engine: RequestEngine, intake: Any, outlet: Any, stopping: Stopping) -> None:
@@ -129,9 +149,7 @@ def _pump(engine: RequestEngine, intake: Any, outlet: Any, stopping: Stopping) -
             outlet.expect(prepared)
             for request in prepared.requests:
                 engine.submit(request)
-        for polled in engine.poll():
-            if polled.completion is not None:
-                outlet.add(polled.completion)
+        outlet.add([polled.completion for polled in engine.poll() if polled.completion is not None])
 
 
 def _differences(job: Job, one: Sampled, again: pa.Table) -> Iterator[str]:
