@@ -21,7 +21,7 @@ from pipeline.process import ExitCode, Stopping
 from pipeline.retry import look_for_errors
 from pipeline.settings import LocalSettings, RunConfig
 from pipeline.shift import Shift, check_time
-from pipeline.stats import IntervalRecorder, RunStats, with_identity, write_stats
+from pipeline.stats import IntervalRecorder, RunStats, process_age_s, with_identity, write_stats
 from pipeline.summary import summarize, summary_lines
 
 if TYPE_CHECKING:
@@ -117,7 +117,11 @@ def answer_rows(
             "quant.int8_threshold=0 makes rows independent"
         )
     stats = with_identity(
-        RunStats(job=config.place.job or "", restarts=config.place.restarts),
+        RunStats(
+            job=config.place.job or "",
+            restarts=config.place.restarts,
+            start_s=process_age_s() - (time.perf_counter() - started),
+        ),
         run_id=job.manifest.run_id,
         attempt=claims.attempt,
         resolved=runtime.resolved(),

@@ -17,7 +17,7 @@ from pipeline.output.claims import Claims
 from pipeline.output.durable import failing_run
 from pipeline.output.sink import part_path
 from pipeline.process import Stopping
-from pipeline.stats import IntervalRecorder, RunStats
+from pipeline.stats import IntervalRecorder, RunStats, process_age_s
 
 if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
@@ -82,6 +82,8 @@ class Shift:
             if chunks and first_ready is None:
                 first_ready = time.perf_counter()
             answered = self._poll(outlet)
+            if answered and not self.stats.first_answer_s:
+                self.stats.first_answer_s = process_age_s()
             if answered and first_ready is not None:
                 now = time.perf_counter()
                 self.stats.generate_s += now - first_ready

@@ -30,6 +30,8 @@ class RunStats:
 
     `job` and `restarts` are Slurm's, where there is one.
 
+    From the creation of the process it takes `start_s` until its command line is understood and `first_answer_s` to
+    the first rows that the engine answers; `load_s` of that are the weights.
     `generate_s` is from the first request ready to the last completion; `prefill_s` and `decode_s`
     are the parts of it spent in passes; `padded_tokens` are positions of static shapes that held no
     row's token. `prefilled_tokens` are prompt tokens that were run for a row, `prefix_tokens` those of
@@ -65,7 +67,9 @@ class RunStats:
     shapes: int = 0
     graphs: int = 0
     eager: str = ""
+    start_s: float = 0.0
     load_s: float = 0.0
+    first_answer_s: float = 0.0
     generate_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -93,6 +97,13 @@ class RunStats:
             self.rows_per_s = (self.rows - self.journaled_rows) / self.generate_s
             tokens = self.prompt_tokens + self.completion_tokens + self.target_tokens
             self.tokens_per_s = (tokens - self.journaled_tokens) / self.generate_s
+
+
+def process_age_s() -> float:
+    """Seconds since this process was created."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,7 @@ def test_run_stats_account_for_the_run(out: Path) -> None:
     assert run["completion_tokens"] == sum(table["completion_tokens"].to_pylist())
     assert 0 < run["prefill_s"] <= run["generate_s"] < run["wall_s"]
     assert run["load_s"] + run["generate_s"] <= run["wall_s"]
+    assert 0 < run["start_s"] < run["start_s"] + run["load_s"] < run["first_answer_s"] < run["start_s"] + run["wall_s"]
     assert run["rows_per_s"] == pytest.approx(LIMIT / run["generate_s"])
     assert run["peak_memory_bytes"] > 10 * 2**20
     assert (run["device"], run["dtype"], run["kernel"]) == ("cpu", "bfloat16", "bitsandbytes")
