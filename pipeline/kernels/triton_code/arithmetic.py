@@ -51,6 +51,15 @@ def rounded(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def multiply_add(a_MK, b_KN, sum_MN, INTERPRETED: tl.constexpr):
+    """A B + sum in float32; both factors in one dtype."""
+    if INTERPRETED:
+        return tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32), sum_MN, input_precision="ieee")
+    else:
+        return tl.dot(a_MK, b_KN, sum_MN, input_precision="ieee")
+
+
+@triton.jit
 def add_products(
     sums,
     w_NU,
@@ -73,11 +82,7 @@ def add_products(
         if not EVEN:
             inside_UM = inside_UM & (u < U)[:, None]
         x_UM = tl.load(x_1M + (tile * BLOCK_M * FIELDS + field) * U + u[:, None], mask=inside_UM, other=0)
-        if INTERPRETED:
-            sum_NM = tl.dot(w_NU.to(tl.float32), x_UM.to(tl.float32), sums[tile], input_precision="ieee")
-        else:
-            sum_NM = tl.dot(w_NU, x_UM, sums[tile], input_precision="ieee")
-        added = added + (sum_NM,)
+        added = added + (multiply_add(w_NU, x_UM, sums[tile], INTERPRETED),)
     return added
 
 
