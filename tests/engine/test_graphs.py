@@ -30,9 +30,11 @@ def varied(count: int) -> list[Request]:
     """Rows of two length classes, greedy and drawn, with and without what the sampler keeps on the device."""
     rng = random.Random(0)
     settings: list[dict[str, Any]] = [
-        {}, {"temperature": 0.9, "seed": 3}, {"repetition_penalty": 1.2},
+        {},
+        {"temperature": 0.9, "seed": 3},
+        {"repetition_penalty": 1.2},
         {"temperature": 1.2, "top_k": 9, "logprobs": 2},
-    ]  # fmt: skip
+    ]
     return [
         Request(
             id=n,

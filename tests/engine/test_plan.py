@@ -84,6 +84,30 @@ def test_a_plan_stays_within_its_budget_or_says_what_is_missing(
         assert slots is None or plan.length_classes[0].slots >= slots
 
 
+def test_keys_and_values_in_float8_take_half_the_memory_and_their_scales() -> None:
+    plain, float8 = make_plan(1 << 50), make_plan(1 << 50, kv_dtype="float8_e4m3")
+    per_token = 2 * 32 * 8 * (128 + 4)  # 32 layers, 8 heads of 128 codes and a scale, keys and values
+    assert float8.kv_bytes * KV_BYTES_LLAMA3 == plain.kv_bytes * per_token
+    assert (
+        make_plan(40 * GIB, kv_dtype="float8_e4m3").length_classes[0].slots
+        > make_plan(40 * GIB).length_classes[0].slots
+    )
+
+
+def test_long_slots_are_read_in_a_fixed_number_of_parts() -> None:
+    plan = make_plan(1 << 50)
+    assert [(c.slots, c.max_len, c.splits) for c in plan.length_classes] == [
+        (512, 256, 1), (128, 1024, 1), (32, 4096, 2), (16, 8192, 4)
+    ]  # fmt: skip
+    assert {c.splits for c in make_plan(1 << 50, "cpu").length_classes} == {1}
+
+
+def test_every_shape_is_told() -> None:
+    plan = make_plan(1 << 50, longest=1024)
+    assert plan.describe() == "4 static shapes: prefill 8192, decode 512 x 256, decode 128 x 1024, logits 256"
+    assert len(plan.shapes) == 4
+
+
 def test_auto_slots_are_lowered_until_they_fit() -> None:
     large, small = make_plan(200 * GIB), make_plan(40 * GIB)
     assert small.length_classes[0].slots < large.length_classes[0].slots == 512
