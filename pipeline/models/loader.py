@@ -71,7 +71,7 @@ def load_model(
     _finish(model, checkpoint, device)
     if adapter is not None:
         lora.replace_tensors(adapter, model, lambda info: _read(info).to(device=device, dtype=dtype))
-    _widen_head(model)
+    widen_head(model)
     if adapter is not None:
         lora.add_updates(adapter, model, lambda info: _read(info).to(device=device, dtype=torch.float32))
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused_tensors(checkpoint, loads))
@@ -131,7 +131,7 @@ def _run(load: Load, model: nn.Module, quant: StorageFormat | None, dtype: torch
     """Read a load's tensors and put them where they belong."""
     if load.stored is None:
         leaf, weight = read_weight(load, model, dtype, device)
-        _place(model, load.path, leaf, weight, quant)
+        place_weight(model, load.path, leaf, weight, quant)
         return
     assert quant is not None
     tensors = {leaf: _read(info).to(device) for leaf, info in load.tensors.items()}
@@ -196,7 +196,7 @@ def _read(info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _place(model: nn.Module, path: str, leaf: str, weight: Tensor, quant: StorageFormat | None) -> None:
+def place_weight(model: nn.Module, path: str, leaf: str, weight: Tensor, quant: StorageFormat | None) -> None:
     """Put an unquantized tensor where it belongs, as it is or as a Linear quantized in flight."""
     module = model.get_submodule(path)
     if quant is not None and leaf == "weight" and is_quantized_in_flight(model, path, quant.spec):
@@ -227,7 +227,7 @@ def _finish(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> N
             setattr(module, name, buffer.to(device))
 
 
-def _widen_head(model: nn.Module) -> None:
+def widen_head(model: nn.Module) -> None:
     """Logits in float32 whatever the model's dtype."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is head)

@@ -60,8 +60,8 @@ def test_answers_are_near_those_of_the_full_precision(
     same = [(a, b) for a, b in pairs if a.token_id == b.token_id]
     assert len(same) > 0.6 * len(pairs), "random weights: the likeliest tokens are near each other"
     errors = [abs(a.logprob - b.logprob) for a, b in same]
-    assert max(errors) < 0.2
-    assert sum(errors) / len(errors) > 1e-5, "FP8 is not what was kept"
+    assert max(errors) < 0.5
+    assert 1e-5 < sum(errors) / len(errors) < 0.1
 
 
 def a_cache() -> KVCache:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from adapters import low_rank, write_adapter
 
 from pipeline.core import Completion, Request, SamplingParams
 from pipeline.engine.engine import Engine
+from pipeline.engine.graphs import recorder_for
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EngineSettings, plan_engine
+from pipeline.kernels.cache_attention import AttentionNeed
+from pipeline.kernels.registry import choose_attention
 from pipeline.models.adapter import open_adapter
 from pipeline.models.architecture import geometry_of, load_config
 from pipeline.models.checkpoint import open_checkpoint
@@ -30,6 +35,9 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 VOCAB = 512
+BNB = pytest.param(
+    "bnb", marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def requests() -> list[Request]:
 
 def engine(
     folder: Path, dtype: torch.dtype, method: str, adapter: Path | None = None, device: torch.device = CUDA,
-    **settings: int,
+    **settings: Any,
 ) -> Engine:  # fmt: skip
     checkpoint = open_checkpoint(str(folder))
     config = load_config(str(folder), str(folder), trust_remote_code=False)
@@ -76,7 +84,19 @@ def engine(
         geometry, EngineSettings(**settings), longest=1024, device_type=device.type, kv_budget_bytes=4 << 30,
         kv_itemsize=dtype.itemsize,
     )  # fmt: skip
-    return Engine(model, plan, lambda c: KVCache(geometry, c, dtype, device), device)
+    asked = EngineSettings(**settings)
+    need = AttentionNeed(
+        device_type=device.type, capability=capability_of(device), dtype=dtype, head_dim=geometry.head_dim
+    )
+    attend = choose_attention(asked.attention, need)[0].attend
+    float8 = asked.kv_dtype != "auto"
+    return Engine(
+        model,
+        plan,
+        lambda c: KVCache(geometry, c, dtype, device, float8=float8, attend=attend),
+        device,
+        recorder=recorder_for(asked.compile, device, model.capture_obstacle()),
+    )
 
 
 def answers(engine: Engine, requests: list[Request]) -> dict[int, Completion]:
@@ -109,7 +129,7 @@ def test_greedy_equals_generate(folder: Path, requests: list[Request]) -> None:
     assert len(different) <= len(requests) // 50, f"rows that differ: {different}"
 
 
-@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("method", ["none", BNB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_permuted_give_identical_bits(
     folder: Path, requests: list[Request], dtype: torch.dtype, method: str
@@ -119,7 +139,42 @@ def test_rows_permuted_give_identical_bits(
     assert first == second
 
 
-@pytest.mark.parametrize("method", ["none", "bnb"])
+KINDS = [
+    pytest.param({"kv_dtype": kv_dtype, "attention": attention}, id=f"{kv_dtype}-{attention}")
+    for kv_dtype in ("auto", "float8_e4m3")
+    for attention in ("reference", "triton")
+]
+
+
+@pytest.mark.parametrize("method", ["none", BNB])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_steps_give_the_bits_of_those_that_are_not(
+    folder: Path, requests: list[Request], dtype: torch.dtype, method: str, kind: dict[str, str]
+) -> None:
+    """In two length classes, refilled again and again, and whatever the order."""
+    eager = engine(folder, dtype, method, slots=32, compile="off", **kind)
+    captured = engine(folder, dtype, method, slots=32, compile="graphs", **kind)
+    expected = answers(eager, requests)
+    assert all(answer.error is None for answer in expected.values())
+    assert answers(captured, random.Random(6).sample(requests, len(requests))) == expected
+    assert (eager.counters.graphs, captured.counters.graphs) == (0, 2)
+    assert eager.counters.decode_steps > 50
+    assert answers(captured, requests[:7]) == {n: expected[n] for n in range(7)}
+
+
+def test_sampled_rows_are_drawn_alike_after_a_capture(folder: Path, requests: list[Request]) -> None:
+    drawn = [
+        replace(r, sampling=replace(r.sampling, temperature=1.1, seed=n, repetition_penalty=1 + (n % 2) / 5))
+        for n, r in enumerate(requests)
+    ]
+    eager, captured = (
+        answers(engine(folder, torch.bfloat16, "none", slots=32, compile=how), drawn) for how in ("off", "graphs")
+    )
+    assert eager == captured
+
+
+@pytest.mark.parametrize("method", ["none", BNB])
 def test_scores_permuted_give_identical_bits(folder: Path, requests: list[Request], method: str) -> None:
     candidates = ((5, 6, 7), (5, 8), (9,), (10, 11))
     scored = [Request(id=r.id, prompt_ids=r.prompt_ids, candidates=candidates) for r in requests]
@@ -128,7 +183,7 @@ def test_scores_permuted_give_identical_bits(folder: Path, requests: list[Reques
     assert first == second
 
 
-@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("method", ["none", BNB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scored_texts_permuted_give_identical_bits(
     folder: Path, requests: list[Request], dtype: torch.dtype, method: str
@@ -162,7 +217,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter"), tensors, r=20)
 
 
-@pytest.mark.parametrize("method", ["none", "bnb"])
+@pytest.mark.parametrize("method", ["none", BNB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_permuted_under_an_adapter_give_identical_bits(
     folder: Path, adapter: Path, requests: list[Request], dtype: torch.dtype, method: str

@@ -1,0 +1,133 @@
+"""Models of well-known sizes with random weights, made on the GPU: speed does not depend on the values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.engine.engine import Engine
+from pipeline.engine.graphs import recorder_for
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.plan import GIB, EnginePlan, EngineSettings, plan_engine
+from pipeline.kernels.cache_attention import AttentionNeed
+from pipeline.kernels.registry import choose_attention
+from pipeline.models.architecture import geometry_of
+from pipeline.models.decoder import TransformersDecoder
+from pipeline.models.loader import build_skeleton, place_weight, widen_head
+from pipeline.models.memory import capability_of, peak_bytes
+from pipeline.quant.detect import resolve_spec
+from pipeline.quant.format import format_of, needs_of
+from pipeline.quant.spec import QuantSettings
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""On a CPU only to try the scripts out, with the size `small`."""
+DTYPE = torch.bfloat16
+BANDWIDTH, COMPUTE = 4.3e12, 790e12
+"""Bytes and bf16 FLOP a second that an H200 has been seen to reach."""
+SIZES: dict[str, dict[str, int]] = {
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "vocab_size": 32000},
+    "small": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 512},
+}  # fmt: skip
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_gib() -> float:
+    return round(peak_bytes(DEVICE) / GIB, 1)
+
+
+def config_of(size: str) -> LlamaConfig:
+    return LlamaConfig(**SIZES[size], max_position_embeddings=8192, tie_word_embeddings=False, dtype=DTYPE)
+
+
+def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Norms of one, everything else small enough that activations stay finite."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=DTYPE, device=DEVICE)
+    return torch.randn(shape, dtype=DTYPE, device=DEVICE, generator=generator) * 0.02
+
+
+def random_decoder(size: str, method: str) -> TransformersDecoder:
+    """The project's own model, quantized in flight; `method` as in `quant.method` (none, bnb)."""
+    config = config_of(size)
+    spec = resolve_spec(QuantSettings(method=method), {}, size)
+    quant, _ = format_of(spec, "auto", needs_of(spec, [], DEVICE.type, capability_of(DEVICE), DTYPE))
+    model = build_skeleton(config, DTYPE, trust_remote_code=False)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        place_weight(model, path, leaf, random_weight(parameter.shape, generator), quant)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(DEVICE))
+    widen_head(model)
+    return TransformersDecoder(model.eval().requires_grad_(False), DTYPE, DEVICE)
+
+
+def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: int) -> tuple[Engine, EnginePlan, str]:
+    """An engine whose slots take whatever memory they need; and the attention kernel that was chosen, with reasons."""
+    geometry = geometry_of(decoder.model.config)
+    plan = plan_engine(
+        geometry, settings, longest=longest, device_type=DEVICE.type, kv_budget_bytes=10_000 * GIB, kv_itemsize=2
+    )
+    need = AttentionNeed(
+        device_type=DEVICE.type, capability=capability_of(DEVICE), dtype=DTYPE, head_dim=geometry.head_dim
+    )
+    kernel, reason = choose_attention(settings.attention, need)
+    float8 = settings.kv_dtype != "auto"
+    engine = Engine(
+        decoder,
+        plan,
+        lambda c: KVCache(geometry, c, DTYPE, DEVICE, float8=float8, attend=kernel.attend),
+        DEVICE,
+        recorder=recorder_for(settings.compile, DEVICE, decoder.capture_obstacle()),
+    )
+    return engine, plan, f"{kernel.name} ({reason})"
+
+
+def random_peer(size: str, method: str) -> nn.Module:
+    """transformers' own model of the same size; with bnb its Linears but the head are bitsandbytes' 4-bit ones."""
+    with torch.device(DEVICE):
+        model: Any = LlamaForCausalLM._from_config(config_of(size), dtype=DTYPE, attn_implementation="sdpa")
+    if method == "bnb":
+        _quantize_linears(model)
+    model.generation_config.eos_token_id = None
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _quantize_linears(model: nn.Module) -> None:
+    import bitsandbytes as bnb
+
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not path.endswith("lm_head"):
+            linear = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=DTYPE,
+                quant_type="nf4",
+                device="meta",
+            )
+            linear.weight = bnb.nn.Params4bit(
+                module.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+            ).to(DEVICE)
+            model.set_submodule(path, linear)
+
+
+def linear_weights(size: str) -> int:
+    """Weights of all matrix products of a token, the output head's included."""
+    shape = SIZES[size]
+    hidden, head = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    attention = hidden * (2 * hidden + 2 * shape["num_key_value_heads"] * head)
+    layer = attention + 3 * hidden * shape["intermediate_size"]
+    return shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"]
