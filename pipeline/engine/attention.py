@@ -6,6 +6,7 @@ knows the rows. Shapes: T tokens of the pass, B slots, H query heads, K key/valu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from pipeline.kernels.attention import (
     attend_segment,
     merge_segments,
 )
+from pipeline.kernels.cache_attention import RowsKernel
 
 
 class AttentionPass(Protocol):
@@ -101,13 +103,39 @@ class CacheWrite:
 
 
 @dataclass(frozen=True, slots=True)
+class TiledRows:
+    """Rows that begin with the same segments, cut into a kernel's tiles."""
+
+    earlier: tuple[Segment, ...]
+    tiles: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """All rows of a pass in the tiles of a kernel that takes them together."""
+
+    kernel: RowsKernel
+    groups: tuple[TiledRows, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[RowSpan], kernel: RowsKernel, device: torch.device) -> Tiling:
+        """The tiles of each group of rows that begin alike."""
+        spans = [(group[0].earlier, [(r.start, r.causal) for r in group]) for group in by_beginning(rows)]
+        return cls(kernel, tuple(TiledRows(earlier, kernel.tiles_of(span, device)) for earlier, span in spans))
+
+
+@dataclass(frozen=True, slots=True)
 class PackedPrefill:
-    """Rows side by side in one flat pass; each looks at itself, at its own exact length, and at what it begins with."""
+    """Rows side by side in one flat pass; each looks at itself, at its own exact length, and at what it begins with.
+
+    With a `tiling` its kernel attends to all rows that begin alike at once, without one each row by itself.
+    """
 
     rows: tuple[RowSpan, ...]
     write: CacheWrite | None
     positions_T: Tensor
     reach_T: Tensor
+    tiling: Tiling | None = None
 
     def attend(self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> Tensor:
         """Attention output [T, H, D]; padding tokens get zeros."""
@@ -115,7 +143,25 @@ class PackedPrefill:
             self.write.cache.write(layer, self.write.slots_T, self.write.positions_T, k_KTD, v_KTD)
         heads, tokens, dim = q_HTD.shape
         out_THD = torch.zeros(tokens, heads, dim, dtype=q_HTD.dtype, device=q_HTD.device)
-        for rows in self._by_beginning():
+        if self.tiling is None:
+            self._attend_row_by_row(layer, q_HTD, k_KTD, v_KTD, rule, out_THD)
+        else:
+            for group in self.tiling.groups:
+                before = _joined(layer, group.earlier)
+                self.tiling.kernel.attend(q_HTD, k_KTD, v_KTD, group.tiles, before, rule, out_THD)
+        for row in self.rows:
+            if row.kept_as is not None:
+                row.kept_as.put(layer, k_KTD[:, row.text], v_KTD[:, row.text])
+            if row.trie is not None:
+                before = _joined(layer, row.earlier)
+                out_THD[row.nodes] = _attend_trie(row, row.trie, before, q_HTD, k_KTD, v_KTD, rule).transpose(0, 1)
+        return out_THD
+
+    def _attend_row_by_row(
+        self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule, out_THD: Tensor
+    ) -> None:
+        """Write what the rows' own tokens get, but for those of tries."""
+        for rows in by_beginning(self.rows):
             own = [attend_causal(q_HTD[:, r.text], k_KTD[:, r.text], v_KTD[:, r.text], rule) for r in rows]
             before = _joined(layer, rows[0].earlier)
             if before is not None:
@@ -124,18 +170,14 @@ class PackedPrefill:
                 own = _merged(own, seen)
             for row, (out_HSD, _) in zip(rows, own, strict=True):
                 out_THD[row.text] = out_HSD.transpose(0, 1)
-                if row.kept_as is not None:
-                    row.kept_as.put(layer, k_KTD[:, row.text], v_KTD[:, row.text])
-                if row.trie is not None:
-                    out_THD[row.nodes] = _attend_trie(row, row.trie, before, q_HTD, k_KTD, v_KTD, rule).transpose(0, 1)
-        return out_THD
 
-    def _by_beginning(self) -> list[list[RowSpan]]:
-        """The rows in groups that begin with the same segments: their queries look at those together."""
-        groups: dict[tuple[int, ...], list[RowSpan]] = {}
-        for row in self.rows:
-            groups.setdefault(tuple(map(id, row.earlier)), []).append(row)
-        return list(groups.values())
+
+def by_beginning(all_rows: Sequence[RowSpan]) -> list[list[RowSpan]]:
+    """The rows in groups that begin with the same segments: their queries look at those together."""
+    groups: dict[tuple[int, ...], list[RowSpan]] = {}
+    for row in all_rows:
+        groups.setdefault(tuple(map(id, row.earlier)), []).append(row)
+    return list(groups.values())
 
 
 def _joined(layer: int, earlier: tuple[Segment, ...]) -> tuple[Tensor, Tensor] | None:

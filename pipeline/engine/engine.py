@@ -16,6 +16,7 @@ from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.packing import (
     DecoderModel,
     Entry,
+    PackedPass,
     Work,
     entry_of,
     entry_of_beginning,
@@ -29,6 +30,7 @@ from pipeline.engine.sampler import Sampled, SamplerRows, sample
 from pipeline.engine.scoring import completions, score_pass
 from pipeline.engine.seat import Decode, Seat, reach
 from pipeline.engine.slots import EMPTY, SlotBatch, seen_tokens
+from pipeline.kernels.cache_attention import RowsKernel
 
 STEPS_PER_POLL = {"cpu": 4, "cuda": 8}
 NO_SPLITS = Splits()
@@ -80,12 +82,13 @@ class Engine:
         splits: Splits = NO_SPLITS,
         prefix_tokens: int = PREFIX_TOKENS,
         recorder: Recorder | None = None,
+        rows_kernel: RowsKernel | None = None,
     ) -> None:
         """`make_cache` allocates a length class's keys and values, when the class is first used.
 
         `decode` turns token ids into text; only requests with stop texts need it. Prompts are cut at `splits`,
         and the last `prefix_tokens` tokens of segments are kept. `recorder` decides how decode steps are run; without
-        one they are called as they are.
+        one they are called as they are. `rows_kernel` attends to the rows of a prefill pass.
         """
         self.plan = plan
         self.counters = EngineCounters()
@@ -94,6 +97,7 @@ class Engine:
         self._make_cache = make_cache
         self._decode_text = decode
         self._recorder = recorder or Eager("not asked for")
+        self._rows_kernel = rows_kernel
         self._steps_per_poll = STEPS_PER_POLL.get(device.type, 4)
         self._prefixes = PrefixRunner(splits, PrefixStore(prefix_tokens), self._run_beginnings)
         self._scoring: deque[Work] = deque()
@@ -154,7 +158,7 @@ class Engine:
         work = take_pass(self._scoring, self.plan, len(self._scoring), self._prefixes.splits)
         requests = [request for request, _ in work]
         earlier = self._prefixes.segments_of(requests, self.plan.prefill_tokens[0])
-        packed = pack([self._entry(r, e) for r, e in zip(requests, earlier, strict=True)], self.plan, self._device)
+        packed = self._pack([self._entry(r, e) for r, e in zip(requests, earlier, strict=True)])
         top = max(request.sampling.logprobs or 0 for request in requests)
         found = score_pass(self._model, packed, self.plan, top)
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
@@ -185,7 +189,7 @@ class Engine:
         earlier = self._prefixes.segments_of([request for request, _ in work], self.plan.prefill_tokens[0])
         slots = batch.reserve(len(work))
         rows = zip(work, earlier, slots, strict=True)
-        packed = pack([self._entry(r, e, s) for (r, _), e, s in rows], self.plan, self._device, batch.cache)
+        packed = self._pack([self._entry(r, e, s) for (r, _), e, s in rows], batch.cache)
         batch.begin(slots, earlier)
         seats = [Seat.of(request, choice, self.plan, self._decode_text) for request, choice in work]
         ((_, indices_L),) = packed.wanted_slices(self.plan)
@@ -196,12 +200,15 @@ class Engine:
         self._count_prefill(started, packed.real_tokens, packed.tokens_T.shape[0])
         return reports
 
+    def _pack(self, entries: list[Entry], cache: KVCache | None = None) -> PackedPass:
+        return pack(entries, self.plan, self._device, cache, self._rows_kernel)
+
     def _entry(self, request: Request, earlier: tuple[Segment, ...], slot: int | None = None) -> Entry:
         return entry_of(request, self.plan, self._device, earlier, slot)
 
     def _run_beginnings(self, beginnings: list[Beginning]) -> None:
         """Run segments that prompts begin with, which takes their keys and values."""
-        packed = pack([entry_of_beginning(b) for b in beginnings], self.plan, self._device)
+        packed = self._pack([entry_of_beginning(b) for b in beginnings])
         packed.run(self._model)
         self.counters.prefix_tokens += packed.real_tokens
         self.counters.padded_tokens += packed.tokens_T.shape[0] - packed.real_tokens

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.core import Request
-from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan, TrieMask
+from pipeline.engine.attention import AttentionPass, CacheWrite, PackedPrefill, RowSpan, Tiling, TrieMask
 from pipeline.engine.kv_cache import KVCache, Segment
 from pipeline.engine.plan import EnginePlan
 from pipeline.engine.prefix import Beginning, Splits
 from pipeline.engine.seat import reach
 from pipeline.engine.trie import PROMPT_END, build_trie
+from pipeline.kernels.cache_attention import RowsKernel
 
 
 class DecoderModel(Protocol):
@@ -161,8 +162,17 @@ def entry_of_beginning(beginning: Beginning) -> Entry:
     return Entry(layout, segment.end, None, None, beginning.earlier, segment)
 
 
-def pack(entries: Sequence[Entry], plan: EnginePlan, device: torch.device, cache: KVCache | None = None) -> PackedPass:
-    """Lay the entries out in the smallest listed shape that holds them, their keys going to their slots of a cache."""
+def pack(
+    entries: Sequence[Entry],
+    plan: EnginePlan,
+    device: torch.device,
+    cache: KVCache | None = None,
+    kernel: RowsKernel | None = None,
+) -> PackedPass:
+    """Lay the entries out in the smallest listed shape that holds them, their keys going to their slots of a cache.
+
+    Their attention is the kernel's, or without one row by row.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     owners: list[int] = []
@@ -194,7 +204,9 @@ def pack(entries: Sequence[Entry], plan: EnginePlan, device: torch.device, cache
     return PackedPass(
         tokens_T=torch.tensor(tokens + [0] * padding, device=device),
         positions_T=positions_T,
-        attention=PackedPrefill(tuple(spans), write, positions_T, reach_T),
+        attention=PackedPrefill(
+            tuple(spans), write, positions_T, reach_T, Tiling.of(spans, kernel, device) if kernel else None
+        ),
         wanted=wanted,
         first_wanted=firsts,
         asked=asked,

@@ -5,7 +5,7 @@ Shapes: B slots, S positions of a slot, H query heads, K key/value heads, G = H 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,32 @@ class AttentionNeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowsKernel:
+    """What computes the attention of all rows of a pass that begin alike in one call (see `triton_prefill`).
+
+    `tiles_of` makes of rows, as (first token in the pass, tokens), the tensor that `attend` takes.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, AttentionRule, Tensor], Tensor]
+    tiles_of: Callable[[Sequence[tuple[int, int]], torch.device], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernel:
-    """One implementation; `can_run` and `passed_over` answer with a reason, or None (see `registry.Kernel`)."""
+    """One implementation; `can_run` and `passed_over` answer with a reason, or None (see `registry.Kernel`).
+
+    `rows` is for prefill in dtypes of 16 bits; without it, and in others, rows are attended to one by one.
+    """
 
     name: str
     attend: AttendCached
     can_run: Callable[[AttentionNeed], str | None]
     passed_over: Callable[[AttentionNeed], str | None]
+    rows: RowsKernel | None = None
+
+    def rows_in(self, dtype: torch.dtype) -> RowsKernel | None:
+        """The kernel for a prefill in a dtype, if there is one."""
+        return self.rows if dtype.itemsize == 2 else None
 
 
 def attend_cached_reference(

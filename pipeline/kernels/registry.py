@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels import bitblas_package, bnb, triton_attention, triton_bitblas, triton_gptq, triton_launch
+from pipeline.kernels import (
+    bitblas_package,
+    bnb,
+    triton_attention,
+    triton_bitblas,
+    triton_gptq,
+    triton_launch,
+    triton_prefill,
+)
 from pipeline.kernels.bitblas_operators import OperatorStore, default_folder
 from pipeline.kernels.bitblas_package import BitblasPackage
-from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed, attend_cached_reference
+from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed, RowsKernel, attend_cached_reference
 from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference, looks_for_outliers
 from pipeline.kernels.need import Need, Progress
 from pipeline.kernels.packed4bit import Packed4bit, dequantize_4bit_reference
@@ -152,12 +160,13 @@ CACHE_ATTENTION: Mapping[str, AttentionKernel] = {
         attend=triton_attention.attend_cached,
         can_run=triton_attention.can_run,
         passed_over=triton_attention.passed_over,
+        rows=RowsKernel(attend=triton_prefill.attend_rows, tiles_of=triton_prefill.tiles_of),
     ),
     "reference": AttentionKernel(
         name="reference", attend=attend_cached_reference, can_run=_anywhere, passed_over=_anywhere
     ),
 }
-"""What reads a static cache, the fastest first."""
+"""What reads a static cache, and attends to the rows of a pass, the fastest first."""
 
 
 def choose_attention(wanted: str, need: AttentionNeed) -> tuple[AttentionKernel, str]:

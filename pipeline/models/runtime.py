@@ -144,6 +144,7 @@ class Runtime:
             decode,
             _splits(settings, model, head),
             recorder=recorder_for(settings.compile, self.device, model.capture_obstacle()),
+            rows_kernel=self.attention.rows_in(place.dtype),
         )
         return model, DedupEngine(engine) if settings.dedup else engine
 

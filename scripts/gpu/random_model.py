@@ -91,6 +91,7 @@ def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: i
         lambda c: KVCache(geometry, c, DTYPE, DEVICE, float8=float8, attend=kernel.attend),
         DEVICE,
         recorder=recorder_for(settings.compile, DEVICE, decoder.capture_obstacle()),
+        rows_kernel=kernel.rows_in(DTYPE),
     )
     return engine, plan, f"{kernel.name} ({reason})"
 

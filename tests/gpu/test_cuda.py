@@ -88,14 +88,15 @@ def engine(
     need = AttentionNeed(
         device_type=device.type, capability=capability_of(device), dtype=dtype, head_dim=geometry.head_dim
     )
-    attend = choose_attention(asked.attention, need)[0].attend
+    kernel, _ = choose_attention(asked.attention, need)
     float8 = asked.kv_dtype != "auto"
     return Engine(
         model,
         plan,
-        lambda c: KVCache(geometry, c, dtype, device, float8=float8, attend=attend),
+        lambda c: KVCache(geometry, c, dtype, device, float8=float8, attend=kernel.attend),
         device,
         recorder=recorder_for(asked.compile, device, model.capture_obstacle()),
+        rows_kernel=kernel.rows_in(dtype),
     )
 
 

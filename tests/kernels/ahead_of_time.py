@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.kernels import triton_attention, triton_bitblas, triton_gptq
+from pipeline.kernels import triton_attention, triton_bitblas, triton_gptq, triton_prefill
 from pipeline.kernels.attention import AttentionRule
 from pipeline.kernels.cache_attention import CachedLayer
 from pipeline.kernels.packed_bitblas import BitblasWeight, ZerosMode
@@ -136,6 +136,20 @@ def compiled_attention(
     if splits > 1:
         launches.append(triton_attention.merge_launch(outs, lses, q, lses[..., 0]))
     return [compiled(launch, capability) for launch in launches]
+
+
+def compiled_rows(
+    heads: tuple[int, int, int], rule: AttentionRule, earlier: int, dtype: torch.dtype, capability: int
+) -> MachineCode:
+    """What the attention of a prefill pass compiles to, for rows with so many tokens before them."""
+    query_heads, kv_heads, dim = heads
+    tokens = 8192
+    q, k = _empty(dtype, query_heads, tokens, dim), _empty(dtype, kv_heads, tokens, dim)
+    before = _empty(dtype, kv_heads, earlier, dim)
+    tiles = _empty(torch.int32, 200, 3)
+    out = _empty(dtype, tokens, query_heads, dim)
+    launch = triton_prefill.rows_launch(q, k, k, tiles, (before, before) if earlier else None, rule, out)
+    return compiled(launch, capability)
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

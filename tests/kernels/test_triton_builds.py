@@ -13,6 +13,7 @@ from ahead_of_time import (
     compiled_attention,
     compiled_dequantize,
     compiled_linear,
+    compiled_rows,
     gptq_weight,
 )
 from triton_process import TritonProcess
@@ -99,6 +100,25 @@ def test_cache_attention(
     assert "wgmma" not in read.ptx
     assert "tf32" not in read.ptx
     assert ("mma.sync" in read.ptx) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rule", "earlier", "dtype", "capability"),
+    [
+        pytest.param(LLAMA3, PLAIN, 100, torch.bfloat16, 90, id="llama3-behind-100"),
+        pytest.param(LLAMA2, PLAIN, 0, torch.float16, 80, id="llama2-sm80", marks=pytest.mark.slow),
+        pytest.param(GEMMA2, CAPPED, 100, torch.bfloat16, 80, id="gemma2-behind-100-sm80", marks=pytest.mark.slow),
+    ],
+)
+def test_prefill_attention(
+    compiler: TritonProcess, heads: tuple[int, int, int], rule: AttentionRule, earlier: int, dtype: torch.dtype,
+    capability: int,
+) -> None:  # fmt: skip
+    code = compiler(compiled_rows, heads, rule, earlier, dtype, capability)
+    assert code.cubin_bytes > 0
+    assert code.stack_bytes == 0, "spilled registers"
+    assert code.shared_bytes <= SHARED_BYTES
+    assert "mma" in code.ptx
 
 
 GPTQ_KINDS = [(bits, *kind) for bits, kind in product((2, 3, 4, 8), ((32, False), (4096, False), (128, True)))]
