@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline import fingerprint
 from pipeline.console import Console
 from pipeline.engine.plan import EnginePlan
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, RunFailed
 from pipeline.job import Job
 from pipeline.launch.patience import Patience, wait_for_chunks
 from pipeline.launch.walltime import Walltime
@@ -130,7 +131,7 @@ def answer_rows(
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
     engine = load_engine(job, runtime, tokenizer, prompts, console, lambda: stopping() or walltime.over, stats)
-    try:
+    with _leaving(lambda: _leave_stats(job, stats, recorder, engine, runtime, started, console)):
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
             journal = job.journal(claims.attempt)
@@ -139,13 +140,38 @@ def answer_rows(
             )
             while shift.work(job.pending()) or more():
                 pass
-    finally:
-        stats.finish(time.perf_counter() - started)
-        _count_engine(stats, engine, runtime)
-        if runtime.device.type == "cuda" and stats.eager and stats.decode_steps:
-            console.note(f"decode steps ran without CUDA graphs: {stats.eager}")
-        recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
-        write_stats(job.output, stats, recorder.intervals)
+
+
+@contextmanager
+def _leaving(leave: Callable[[], None]) -> Iterator[None]:
+    """Leave something behind at any end; if that fails too, the first failure is the one that is told."""
+    try:
+        yield
+    except RunFailed:
+        with suppress(RunFailed):
+            leave()
+        raise
+    except BaseException:
+        leave()
+        raise
+    leave()
+
+
+def _leave_stats(
+    job: Job,
+    stats: RunStats,
+    recorder: IntervalRecorder,
+    engine: RequestEngine,
+    runtime: Runtime,
+    started: float,
+    console: Console,
+) -> None:
+    stats.finish(time.perf_counter() - started)
+    _count_engine(stats, engine, runtime)
+    if runtime.device.type == "cuda" and stats.eager and stats.decode_steps:
+        console.note(f"decode steps ran without CUDA graphs: {stats.eager}")
+    recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
+    write_stats(job.output, stats, recorder.intervals)
 
 
 def thread_notes(job: Job, noted: Mapping[str, Any]) -> list[str]:

@@ -135,7 +135,7 @@ class LocalStore:
 @contextmanager
 def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
     """The content on the disk, under a temporary name beside the final one."""
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write_file(temporary, data)

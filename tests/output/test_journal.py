@@ -375,6 +375,25 @@ def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypat
     assert len(place.files()) == 1, "nothing half-written"
 
 
+def test_a_full_disk_ends_the_run_and_a_freed_one_takes_the_rows(small_disk: Path) -> None:
+    place = local_place(small_disk)
+    one = opened(place)
+    one.write(some(1))
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    rows = {row: answer(row, random.Random(row).randbytes(4096).hex()) for row in range(2, 9)}
+    with pytest.raises(RunFailed, match=r"could not be written \(No space left on device\)"):
+        one.write(rows)
+    assert opened(place, "a2").found == some(1)
+    assert sorted(place.files())[0] == "filler" and len(place.files()) == 2, "nothing half-written"
+    filler.unlink()
+    opened(place, "a2").write(rows)
+    assert opened(place, "a3").found == {**some(1), **rows}
+
+
 def test_a_bad_sector_costs_the_rows_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = local_place(tmp_path)
     opened(place).write(some(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -82,20 +82,6 @@ def start_committers(place: Place, root: Path, starts: list[int], count: int) ->
         time.sleep(0.005)
     (root / "go").touch()
     return processes
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting a tmpfs needs root: " + mount.stderr.decode().strip())
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def noise(count: int) -> pa.Table:
@@ -221,6 +207,52 @@ def test_totals_name_a_part_of_another_run(place: Place) -> None:
         out.totals([chunk(0).id, chunk(1).id])
 
 
+# Error rows done again
+
+ROW_ERRORS = pa.schema([("id", pa.int64()), ("finish_reason", pa.string()), ("lists", pa.list_(pa.float64()))])
+
+
+def rows_with_errors(*errors: int, ids: int = 0) -> pa.Table:
+    """20 rows, some of them errors; the others have a list with values that are hard to keep."""
+    reasons = ["error" if row in errors else "stop" for row in range(ROWS)]
+    lists = [None if row in errors else [row, -0.0, float("inf"), None] for row in range(ROWS)]
+    return pa.table({"id": [ids + row for row in range(ROWS)], "finish_reason": reasons, "lists": lists}, ROW_ERRORS)
+
+
+@pytest.mark.parametrize("errors", [(0,), (19,), (3, 4, 5), (0, 7, 19), tuple(range(ROWS))], ids=str)
+def test_error_rows_are_replaced_and_no_others(tmp_path: Path, errors: tuple[int, ...]) -> None:
+    first = Sink(LocalStore(tmp_path), ROW_ERRORS, "a1")
+    first.commit(chunk(0), rows_with_errors(*errors), {"rows": ROWS, "error_rows": len(errors)})
+    again = Sink(LocalStore(tmp_path), ROW_ERRORS, "a2", compression="none", row_group_rows=3)
+    part = again.read_failed(chunk(0).id, "a1")
+    assert part is not None and list(part.failed) == list(errors)
+    assert part.failed_rows.equals(rows_with_errors(*errors).take(errors))
+    done = rows_with_errors(ids=100).take(errors)
+    assert again.replace(chunk(0), part, done, {"rows": ROWS, "error_rows": 0}, lambda: True)
+    found = pq.read_table(tmp_path / part_path(chunk(0).id))
+    others = pa.array([row for row in range(ROWS) if row not in errors], pa.int64())
+    assert found.take(errors).equals(done) and found.take(others).equals(rows_with_errors().take(others))
+    assert again.footer(chunk(0).id).counts == {"rows": ROWS, "error_rows": 0}
+    assert list((tmp_path / "journal").iterdir()) == []
+
+
+def test_a_part_is_replaced_by_whoever_holds_its_claim_and_saw_it_last(place: Place) -> None:
+    one, other = (Sink(place.store(), ROW_ERRORS, attempt) for attempt in ("a1", "a2"))
+    one.commit(chunk(0), rows_with_errors(1), {"rows": ROWS, "error_rows": 1})
+    assert other.read_failed(chunk(0).id, "a0") is None
+    part = other.read_failed(chunk(0).id, "a1")
+    assert part is not None
+    before, done = place.files(), rows_with_errors().take([1])
+    assert not other.replace(chunk(0), part, done, {}, lambda: False)
+    assert place.files() == before
+    assert other.replace(chunk(0), part, done, {}, lambda: True)
+    (replaced,) = parts_of(place).values()
+    assert replaced.equals(rows_with_errors())
+    before = place.files()
+    assert not one.replace(chunk(0), part, done, {}, lambda: True), "it is not the Part that was read"
+    assert place.files() == before
+
+
 # Several processes, killed ones too
 
 
@@ -326,6 +358,28 @@ def test_an_io_error_of_any_step_leaves_no_final_name(
         with pytest.raises(RunFailed, match=r"could not be written \(Input/output error\)"):
             out.commit(chunk(0), answers(0), {})
     assert_nothing_published(out, tmp_path)
+
+
+def test_an_io_error_on_closing_leaves_no_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS tells of a write that failed only then."""
+
+    class Failing(io.BufferedWriter):
+        def close(self) -> None:
+            was_open = not self.closed
+            super().close()
+            if was_open:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    out, store = sink(tmp_path), LocalStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode: Failing(io.FileIO(path, mode.replace("b", ""))))
+        with pytest.raises(RunFailed, match=r"could not be written \(Input/output error\)"):
+            out.commit(chunk(0), answers(0), {})
+        for write in (store.create, store.replace):
+            with pytest.raises(OSError, match="Input/output error"):
+                write("journal/segment", b"rows")
+    assert_nothing_published(out, tmp_path)
+    assert out.commit(chunk(0), answers(0), {})
 
 
 def test_a_folder_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
