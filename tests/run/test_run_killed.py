@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("PIPELINE_TEST_KILLS", "4"))
 JOURNAL_S = 1.0
-CHUNK_ROWS = 20
-NUM_ROWS = 80 + 30 * KILLS
+CHUNK_ROWS = 40
+NUM_ROWS = 400
 WITNESS = Path(__file__).with_name("witness.py")
 Row = tuple[str, int]
 
@@ -116,18 +116,27 @@ def on_disk(out: Path) -> set[Row]:
 
 @dataclass
 class Lab:
-    """An output, and the processes that work on it one after another or at once."""
+    """An output, and the processes that work on it one after another or at once; and the next output."""
 
-    out: Path
-    command: list[str]
-    logs: Path
+    folder: Path
+    settings: list[str]
     rng: random.Random
+    rounds: int = 0
     lives: list[Life] = field(default_factory=list)
 
+    @property
+    def out(self) -> Path:
+        return self.folder / f"out{self.rounds}"
+
+    def begin(self) -> None:
+        """With an output that is not there yet."""
+        self.rounds += 1
+        self.lives = []
+
     def start(self) -> Life:
-        log = self.logs / f"{len(self.lives)}.log"
+        log = self.folder / f"{self.rounds}-{len(self.lives)}.log"
         process = subprocess.Popen(
-            [sys.executable, str(WITNESS), str(log), *self.command],
+            [sys.executable, str(WITNESS), str(log), *self.settings, f"output.dir={self.out}"],
             env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=log.with_suffix(".err").open("wb"),
         )  # fmt: skip
@@ -145,24 +154,18 @@ class Lab:
         if aim == "start":
             delay, began = self.rng.uniform(0, 6), time.monotonic()
             return lambda life: time.monotonic() - began > delay
-        if aim == "rows":
-            delay, first = self.rng.uniform(0, 2), []
+        rows_s, write_s, wanted = self.rng.uniform(0, 1.6), self.rng.uniform(0, 0.02), self.rng.randint(1, 2)
 
-            def some_time_after_the_first_row(life: Life) -> bool:
-                if not first and life.count("done"):
-                    first.append(time.monotonic())
-                return bool(first) and time.monotonic() - first[0] > delay
-
-            return some_time_after_the_first_row
-        wanted, delay = self.rng.randint(1, 3), self.rng.uniform(0, 0.02)
-
-        def soon_after_a_write_began(life: Life) -> bool:
-            if life.count(aim) < wanted:
+        def soon(life: Life) -> bool:
+            done = [when for when, what, _ in life.look() if what == "done"]
+            if done and time.monotonic() - done[0] > rows_s:
+                return True
+            if aim == "rows" or life.count(aim) < wanted:
                 return False
-            time.sleep(delay)
+            time.sleep(write_s)
             return True
 
-        return soon_after_a_write_began
+        return soon
 
     def kill_when(self, life: Life, moment: Callable[[Life], bool]) -> bool:
         """Kill it then; False if it ended before."""
@@ -199,62 +202,54 @@ def lab(request: pytest.FixtureRequest, tickets: list[str], tmp_path: Path) -> I
     mode = request.param
     columns = {"key": list(range(NUM_ROWS)), "prompt": [tickets[row] for row in range(NUM_ROWS)]}
     data = write(tmp_path / "in.parquet", columns)
-    (tmp_path / "logs").mkdir()
-    command = [
-        *MODES[mode](request.getfixturevalue("small_model")), f"data.path={data}", f"output.dir={tmp_path / 'out'}",
-        "quant=none", "task.chat=false", f"data.chunk_rows={CHUNK_ROWS}", "engine.slots=16",
-        "sampling.max_new_tokens=60", f"output.journal_s={JOURNAL_S}",
+    settings = [
+        *MODES[mode](request.getfixturevalue("small_model")), f"data.path={data}", "quant=none", "task.chat=false",
+        f"data.chunk_rows={CHUNK_ROWS}", "engine.slots=16", "sampling.max_new_tokens=60",
+        f"output.journal_s={JOURNAL_S}",
     ]  # fmt: skip
-    made = Lab(tmp_path / "out", command, tmp_path / "logs", random.Random(mode))
+    made = Lab(tmp_path, settings, random.Random(mode))
     yield made
     for life in made.lives:
         if life.process.poll() is None:
             life.kill()
 
 
-def assert_as_if_never_killed(lab: Lab, tmp_path: Path) -> None:
-    run_here(*lab.command, f"output.dir={tmp_path / 'whole'}").done()
-    found, whole = results(lab.out), results(tmp_path / "whole")
-    assert found.equals(whole) and found.num_rows == NUM_ROWS
-    assert nothing_left_over(lab.out)
-    summaries = [run_json(out)["summary"] for out in (lab.out, tmp_path / "whole")]
-    assert summaries[0] == summaries[1]
+@pytest.fixture
+def whole(lab: Lab) -> Path:
+    """The run that nobody interrupts."""
+    run_here(*lab.settings, f"output.dir={lab.folder / 'whole'}").done()
+    return lab.folder / "whole"
+
+
+def assert_as_if_never_killed(out: Path, whole: Path) -> None:
+    assert results(out).equals(results(whole)) and results(out).num_rows == NUM_ROWS
+    assert nothing_left_over(out)
+    assert run_json(out)["summary"] == run_json(whole)["summary"]
 
 
 AIMS = ("commit", "rows", "journal", "rows", "commit", "rows", "start")
 
 
-@pytest.mark.parametrize("lab", MODES, indirect=True)
-def test_killed_again_and_again(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kills = 0
-    for number in range(10 * KILLS):
+def kill_one_after_another(lab: Lab, most: int) -> None:
+    """At most so many processes on one output, fewer where it is done before; then one that nobody kills."""
+    for _ in range(most):
         life = lab.start()
-        if not lab.kill_when(life, lab.moment(AIMS[number % len(AIMS)])):
+        if not lab.kill_when(life, lab.moment(lab.rng.choice(AIMS))):
             break
-        kills += 1
         known = on_disk(lab.out)
         lost = {row: life.died_at - when for row, when in life.done.items() if row not in known}
         assert all(age < life.bound_s for age in lost.values()), (lost, life.bound_s)
-        if kills == KILLS:
-            break
     known = on_disk(lab.out)
     last = lab.start()
     assert lab.finish(last) == 0
     assert not last.done.keys() & known, "what is on the disk is not computed again"
-    again = lab.assert_little_done_twice()
-    landed = Counter(life.landing for life in lab.lives if life.died_at is not None)
-    with capsys.disabled():
-        print(f"\n{kills} kills of {NUM_ROWS} rows landed {dict(landed)}; {again} rows were computed twice")
-    assert kills >= min(KILLS, 3)
-    assert landed["writing a Part"] + landed["after publishing"] >= KILLS // 5
-    assert_as_if_never_killed(lab, tmp_path)
 
 
-@pytest.mark.parametrize("lab", ["sampled"], indirect=True)
-def test_three_at_once_killed_at_random(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def kill_some_of_three(lab: Lab, most: int) -> None:
+    """The same for three at a time; whoever is killed begins again."""
     at_work = [lab.start() for _ in range(3)]
     kills = 0
-    while kills < KILLS and any(life.process.poll() is None for life in at_work):
+    while kills < most and any(life.process.poll() is None for life in at_work):
         place = lab.rng.randrange(3)
         if lab.kill_when(at_work[place], lab.moment(lab.rng.choice(AIMS))):
             kills += 1
@@ -262,9 +257,25 @@ def test_three_at_once_killed_at_random(lab: Lab, tmp_path: Path, capsys: pytest
     for life in at_work:
         lab.finish(life)
     assert lab.finish(lab.start()) == 0
-    again = lab.assert_little_done_twice()
-    landed = Counter(life.landing for life in lab.lives if life.died_at is not None)
+
+
+@pytest.mark.parametrize(
+    ("lab", "kill"),
+    [("greedy", kill_one_after_another), ("sampled", kill_one_after_another), ("sampled", kill_some_of_three)],
+    ids=["greedy", "sampled", "three processes"],
+    indirect=["lab"],
+)
+def test_killed_again_and_again(
+    lab: Lab, kill: Callable[[Lab, int], None], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    landed: Counter[str] = Counter()
+    again = 0
+    while landed.total() < KILLS:
+        lab.begin()
+        kill(lab, KILLS - landed.total())
+        landed.update(life.landing for life in lab.lives if life.died_at is not None)
+        again += lab.assert_little_done_twice()
+        assert_as_if_never_killed(lab.out, whole)
     with capsys.disabled():
-        print(f"\n{kills} kills of three processes landed {dict(landed)}; {again} rows were computed twice")
-    assert kills >= min(KILLS, 3)
-    assert_as_if_never_killed(lab, tmp_path)
+        print(f"\n{landed.total()} kills in {lab.rounds} runs landed {dict(landed)}; {again} rows were computed twice")
+    assert landed["writing a Part"] + landed["after publishing"] >= KILLS // 10
