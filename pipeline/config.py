@@ -139,7 +139,7 @@ def stored_config(
     """
     values = {**_with_defaults(_without_blanks(stored)), "dry_run": False, "max_error_rate": 1.0}
     values["task"] = {**values["task"], "prompt": None, "prompt_file": None}
-    values["output"] = {**values["output"], "dir": output_dir}
+    values["output"] = {**values["output"], "dir": output_dir, "on_change": "refuse"}
     values["shard"] = {"index": 0, "count": 1, "wait_s": 0.0}
     run = settings_from(_merged(values, override_values(overrides)), ALONE)
     return replace(run, task=replace(run.task, prompt=fingerprint["task.prompt"]))

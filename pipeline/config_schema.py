@@ -176,6 +176,10 @@ class EngineSchema:
 class OutputSchema:
     dir: str = doc(MISSING, "folder or fsspec URL of results, stats and run.json; the same one again resumes")
     columns: list[str] | None = doc(None, "input columns to keep in the results; all if null")
+    on_change: str = doc(
+        "refuse",
+        "settings or input that changed: refuse, or new (a version beside the old one: v0002/, v0003/, ...)",
+    )
     compression: str = doc("zstd", f"of the results' Parquet: {', '.join(COMPRESSIONS)}")
     row_group_rows: int | None = doc(None, "rows in a row group of the results; a whole chunk if null")
     journal_s: float = doc(10.0, "a kill costs at most so many seconds of answers, besides the rows in flight")

@@ -33,6 +33,7 @@ from pipeline.settings import (
 T = TypeVar("T")
 DEFAULT_PROMPT = "{{ prompt }}"
 TOO_LONG = ("error", "truncate_left", "truncate_right")
+ON_CHANGE = ("refuse", "new")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -268,6 +269,7 @@ def _output(values: Mapping[str, Any]) -> OutputSettings:
     return OutputSettings(
         dir=values["dir"],
         columns=_names("output.columns", values),
+        on_change=_one_of("output.on_change", values["on_change"], ON_CHANGE),
         compression=_one_of("output.compression", values["compression"], COMPRESSIONS),
         row_group_rows=_positive("output.row_group_rows", values["row_group_rows"]),
         journal_s=_not_negative("output.journal_s", values),

@@ -8,6 +8,18 @@ class ConfigError(ValueError):
     """
 
 
+class OutputDiffers(ConfigError):
+    """What is asked for, or its input, is not what `output.dir` holds; `what` differs, in a few words."""
+
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what or message
+
+
+class SchemaDiffers(ConfigError):
+    """A file has other columns than those before it."""
+
+
 class RunFailed(RuntimeError):
     """The run cannot go on (exit code 1): a write failed, the disk is full, the device broke."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -15,7 +15,7 @@ from pipeline import __version__, fingerprint
 from pipeline.data.files import would_read
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within
-from pipeline.errors import ConfigError, RunFailed
+from pipeline.errors import ConfigError, OutputDiffers, RunFailed, SchemaDiffers
 from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
@@ -36,16 +36,31 @@ from pipeline.template import RowTemplate, names_in
 class Job:
     """Opens everything that can be looked at cheaply; raises ConfigError on whatever does not fit together."""
 
-    def __init__(self, config: RunConfig, output: Store | None = None) -> None:
-        """`output` is the one of `output.dir` if it is open already."""
+    def __init__(self, config: RunConfig, output: Store | None = None, version: int = 1) -> None:
+        """`output` is the one of `output.dir`, or of a version of it, if it is open already.
+
+        Raises OutputDiffers where it was made with other settings or of other input.
+        """
         self.config = config
+        self.version = version
+        self.because = ""
+        """Why there is this version."""
+        self.announce: Callable[[], None] = lambda: None
+        """Called before run.json is made."""
+        self.resolved: Mapping[str, Any] | None = None
         self.output: Store = output or open_store(config.output.dir, config.output.storage_options)
         answered = bool(self.committed())  # looked at first: whoever commits has made run.json before
         stored = manifests.find(self.output)
+        self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        named = config.model.adapter
+        self.adapter: Adapter | None = None if named is None else open_adapter(named, config.model.adapter_revision)
+        self.tokenizer = self._tokenizer_checkpoint()
+        self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer, self.adapter)
         self.source: Source = open_source(config.data)
-        if stored is not None and _same_columns(stored, config):
+        if stored is not None:
+            self._check_asked(stored)
             self.source.fix_schema(stored.input_schema)
-        self.found: list[FoundFile] = list(self.source.find())
+        self.found: list[FoundFile] = self._find(stored)
         self.count = cache(self.source.count)
         self.grown = cache(self.source.grown)
         self.input_schema: pa.Schema = self._input_schema()
@@ -56,11 +71,6 @@ class Job:
         self.schema: pa.Schema = results_schema(
             self.input_schema, config.output.columns, config.task.kind, {}, config.on_request, _run_labels(config)
         )
-        self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        named = config.model.adapter
-        self.adapter: Adapter | None = None if named is None else open_adapter(named, config.model.adapter_revision)
-        self.tokenizer = self._tokenizer_checkpoint()
-        self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer, self.adapter)
         self.manifest: RunManifest | None = None
         self.failed: dict[str, str] = {}
         """Chunks whose Part has errors that are to be done again, and the attempt that wrote that Part."""
@@ -94,7 +104,17 @@ class Job:
         return self.adapter is not None and self.tokenizer.folder == self.adapter.folder
 
     def notes(self) -> list[str]:
-        """What is worth knowing of the adapter, a sentence each."""
+        """What is worth knowing of the version, the libraries and the adapter, a sentence each."""
+        notes = [f"version {self.version} in {self.output.shown()}: {self.because}"] if self.because else []
+        others = [] if self.manifest is None else manifests.other_versions(self.manifest, fingerprint.versions())
+        if others:
+            notes.append(
+                f"libraries have changed since the run began ({', '.join(others)}); rows can differ in their last bits "
+                "from those that are done, and run.json says so"
+            )
+        return [*notes, *self._notes_of_adapter()]
+
+    def _notes_of_adapter(self) -> list[str]:
         if self.adapter is None:
             return []
         elsewhere = self.adapter.trained_elsewhere(self.config.model.path)
@@ -139,6 +159,7 @@ class Job:
 
     def check_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Refuse to resume on another device, dtype or kernel than the results were made with."""
+        self.resolved = resolved
         if self.manifest is not None:
             manifests.check(
                 self.manifest.fingerprint,
@@ -152,6 +173,7 @@ class Job:
     ) -> None:
         """Create run.json, or adopt the one that another process has just made, and register the files."""
         if self.manifest is None:
+            self.announce()
             fresh = self.fresh_manifest(resolved, shapes, noted)
             fresh = replace(fresh, files=self._register(fresh))
             manifest, created = manifests.create_or_load(self.output, fresh)
@@ -160,7 +182,7 @@ class Job:
         if not created:
             self._adopt(manifest)
             self.check_resolved(resolved)
-            if self.files != manifest.files:
+            if self.files != manifest.files or manifests.with_versions(manifest, fingerprint.versions()) != manifest:
                 manifest = manifests.update(self.output, claims, self._registered)
             if self.failed:  # whose Parts will change under the summary
                 manifest = manifests.update(self.output, claims, lambda manifest: replace(manifest, summary=None))
@@ -229,7 +251,7 @@ class Job:
                 sweep_journal(self.output, self.committed())
 
     def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifest, files=self._register(manifest))
+        return replace(manifests.with_versions(manifest, fingerprint.versions()), files=self._register(manifest))
 
     def _register(self, manifest: RunManifest) -> tuple[SourceFile, ...]:
         """The files of a run.json as they are now; looked for again if another process has seen more of one."""
@@ -240,14 +262,28 @@ class Job:
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
-        asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
-        manifests.check(asked_then, self.asked, self.output.shown(), started=bool(self.committed()))
+        self._check_asked(manifest)
         if not (manifest.schema.equals(self.schema) and manifest.input_schema.equals(self.input_schema)):
-            raise ConfigError(
+            raise OutputDiffers(
                 f"output.dir {self.output.shown()} has results of another schema than the input would give now; "
-                "restore the input's columns, or use another output.dir"
+                "restore the input's columns, or use another output.dir, or output.on_change=new",
+                "the input has other columns",
             )
         self._take(manifest)
+
+    def _check_asked(self, manifest: RunManifest) -> None:
+        """Refuse a run.json that was made with other settings."""
+        asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
+        manifests.check(asked_then, self.asked, self.output.shown(), started=bool(self.committed()))
+
+    def _find(self, stored: RunManifest | None) -> list[FoundFile]:
+        """The input files as they are now; OutputDiffers if one has other columns than the run began with."""
+        try:
+            return list(self.source.find())
+        except SchemaDiffers as error:
+            if stored is None:
+                raise
+            raise OutputDiffers(str(error)) from error
 
     def _take(self, manifest: RunManifest) -> None:
         self.manifest = manifest
@@ -309,9 +345,3 @@ def _run_labels(config: RunConfig) -> list[str] | None:
     """The names of the run's labels, if it has any of its own."""
     labels = config.task.labels
     return list(labels) if isinstance(labels, Mapping) else None
-
-
-def _same_columns(stored: RunManifest, config: RunConfig) -> bool:
-    """Whether the run was made with the same `data.columns`; if not, the comparison of fingerprints says so."""
-    columns = config.data.columns
-    return stored.fingerprint.get("data.columns") == (None if columns is None else list(columns))

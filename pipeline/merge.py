@@ -24,8 +24,8 @@ from pipeline.job import Job
 from pipeline.output.durable import failing_run
 from pipeline.output.sink import part_path
 from pipeline.process import ExitCode
-from pipeline.redaction import redacted_url
 from pipeline.settings import RunConfig
+from pipeline.versions import open_job
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,8 +49,8 @@ def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console
     """Write the files; ConfigError where they cannot go, RunFailed when writing fails, 75 when rows are missing."""
     if file_rows < 1:
         raise ConfigError(f"--rows must be at least 1, got {file_rows}")
-    job = Job(settings)
-    target = _target(settings, to)
+    job = open_job(settings)
+    target = _target(job, to)
     if target.exists() and any(not path.name.startswith("merged-") for path in target.iterdir()):
         raise ConfigError(f"--to {target} holds other files than an earlier merge; name another folder")
     if not job.is_answered():
@@ -68,12 +68,12 @@ def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console
     return ExitCode.DONE
 
 
-def _target(settings: RunConfig, to: Path | None) -> Path:
+def _target(job: Job, to: Path | None) -> Path:
     if to is not None:
         return to.expanduser()
-    if is_url(settings.output.dir):
-        raise ConfigError(f"output.dir={redacted_url(settings.output.dir)} is no folder here; name one with --to")
-    return local_path(settings.output.dir) / "merged"
+    if is_url(job.config.output.dir):
+        raise ConfigError(f"output.dir={job.output.shown()} is no folder here; name one with --to")
+    return local_path(job.output.shown()) / "merged"
 
 
 def write_merged(batches: Iterable[pa.RecordBatch], folder: Path, file_rows: int) -> int:

@@ -24,6 +24,7 @@ from pipeline.settings import LocalSettings, RunConfig
 from pipeline.shift import Shift, check_time
 from pipeline.stats import IntervalRecorder, RunStats, process_age_s, with_identity, write_stats
 from pipeline.summary import summarize, summary_lines
+from pipeline.versions import show_latest, with_job
 
 if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
@@ -39,16 +40,19 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     Raises ConfigError, RunFailed or Interrupted; what is committed stays.
     """
     started = time.perf_counter()
-    job = Job(config)
-    look_for_errors(job)
-    if config.dry_run:
+    return with_job(config, lambda job: _run(job, console, stopping, started))
+
+
+def _run(job: Job, console: Console, stopping: Stopping, started: float) -> ExitCode:
+    if job.config.dry_run:
         return show_plan(job, console)
+    look_for_errors(job)
     with job.output.claims() as claims:
         if not may_begin(job, claims, console):
             return ExitCode.NOT_DONE
         if not job.is_answered():
             job.output.prepare()
-            answer_rows(job, claims, console, stopping, started, Patience(config.shard.wait_s))
+            answer_rows(job, claims, console, stopping, started, Patience(job.config.shard.wait_s))
         return finish(job, claims, console)
 
 
@@ -58,7 +62,10 @@ def work(config: RunConfig, console: Console, stopping: Stopping, patience: Pati
     Raises ConfigError, RunFailed or Interrupted; what is committed stays.
     """
     started = time.perf_counter()
-    job = Job(config)
+    return with_job(config, lambda job: _work(job, console, stopping, started, patience))
+
+
+def _work(job: Job, console: Console, stopping: Stopping, started: float, patience: Patience) -> ExitCode:
     look_for_errors(job)
     with job.output.claims() as claims:
         if not job.is_answered():
@@ -294,6 +301,7 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
         summary = summarize(job, claims)
     else:
         job.clear_away(claims)
+    show_latest(job)
     for line in summary_lines(job, summary, since):
         console.result(line)
     if summary["error_rows"] > job.config.max_error_rate * max(1, summary["rows"]):
@@ -310,6 +318,7 @@ def show_plan(job: Job, console: Console) -> ExitCode:
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
 
+    look_for_errors(job)
     runtime = resolve_runtime(job.config, job.checkpoint, job.manifest.engine if job.manifest else None, job.adapter)
     make_task(job, Tokenizer(str(job.tokenizer.folder), job.config.model.trust_remote_code))
     job.check_resolved(runtime.resolved())

@@ -110,6 +110,7 @@ class OutputSettings:
     """
 
     dir: str
+    on_change: str = "refuse"
     columns: tuple[str, ...] | None = None
     compression: str = "zstd"
     row_group_rows: int | None = None

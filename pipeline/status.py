@@ -21,6 +21,7 @@ from pipeline.output.store import RESULTS
 from pipeline.process import ExitCode
 from pipeline.settings import RunConfig
 from pipeline.stats import stats_since
+from pipeline.versions import open_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def status(settings: RunConfig, since: float | None, console: Console) -> ExitCode:
     """Print the line; raises ConfigError where the output does not fit the command line, RunFailed on a bad Part."""
-    job = Job(settings)
+    job = open_job(settings)
     if job.manifest is None:
         console.result(f"{job.output.shown()}: not begun, {job.num_rows:,} rows to do")
         return ExitCode.NOT_DONE

@@ -16,11 +16,11 @@ from pipeline.command import guarded
 from pipeline.config_schema import LauncherSlurmSchema
 from pipeline.console import Console
 from pipeline.errors import ConfigError
-from pipeline.job import Job
 from pipeline.launch.slurm import active_job, check_paths, script_of, send
 from pipeline.models.checkpoint import is_here
 from pipeline.process import ExitCode
 from pipeline.settings import RunConfig, SlurmSettings
+from pipeline.versions import open_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def check(settings: RunConfig, launcher: SlurmSettings) -> None:
             f"{key}={path} is not here, and compute nodes often have no network; download it first "
             f"(`hf download {path}`), or set launcher.network=true if they have one"
         )
-    check_paths(settings, launcher, Job(settings).checkpoint.folder)
+    check_paths(settings, launcher, open_job(settings).checkpoint.folder)
 
 
 def _is_ours(override: str) -> bool:

@@ -33,6 +33,7 @@ from pipeline.output.sink import NO_ROWS, committed_parts, part_name, part_path
 from pipeline.output.store import RESULTS, RUN_JSON
 from pipeline.process import ExitCode, Stopping
 from pipeline.settings import RunConfig
+from pipeline.versions import numbers_of, open_job, version_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,6 +68,7 @@ def verify(
     output, manifest, settings = _opened(arguments)
     chunks = chunks_within(manifest.files, manifest.chunk_rows, manifest.fingerprint.get("data.limit"))
     committed = committed_parts(output)
+    report.notes += _versions(output)
     report.problems += _names(output, manifest, chunks, committed)
     there = [chunk for chunk in chunks or [NO_ROWS] if chunk.id in committed]
     totals = _read_parts(output, manifest, there, report)
@@ -91,11 +93,17 @@ def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
     first, overrides = arguments[0], arguments[1:]
     if "=" in first and not is_url(first.partition("=")[0]) and not Path(first).is_dir():
         settings = config.load_config(arguments)
-        output = open_store(settings.output.dir, settings.output.storage_options)
+        output = _output_of(settings)
         return output, _manifest_of(output), settings
     output = open_store(first, config.override_values(overrides).get("output", {}).get("storage_options", {}))
     manifest = _manifest_of(output)
     return output, manifest, config.stored_config(manifest.config, manifest.fingerprint, first, overrides)
+
+
+def _output_of(settings: RunConfig) -> Store:
+    if settings.output.on_change == "new":
+        return open_job(settings).output
+    return open_store(settings.output.dir, settings.output.storage_options)
 
 
 def _manifest_of(output: Store) -> RunManifest:
@@ -104,6 +112,11 @@ def _manifest_of(output: Store) -> RunManifest:
             has = "results, but no run.json to hold them against" if output.names(RESULTS) else "no run.json"
             raise ConfigError(f"{output.shown()} is no output of a run: it has {has}; name the folder of run.json")
     return manifests.load(output)
+
+
+def _versions(output: Store) -> Iterator[str]:
+    for number in numbers_of(output)[1:]:
+        yield f"version {number} is beside it, in {output.shown(version_name(number))}, and is verified by itself"
 
 
 def _names(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], committed: set[str]) -> Iterator[str]:

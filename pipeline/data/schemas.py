@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SchemaDiffers
 
 _MOST_LISTED = 50
 
@@ -39,11 +39,11 @@ def project(schema: pa.Schema, columns: Sequence[str] | None, path: str) -> pa.S
 
 
 def require_same(schema: pa.Schema, path: str, other: pa.Schema, other_path: str) -> None:
-    """ConfigError naming the first column that two files do not share; the order of columns is free."""
+    """SchemaDiffers naming the first column that two files do not share; the order of columns is free."""
     for name in dict.fromkeys([*schema.names, *other.names]):
         kind, other_kind = _kind(schema, name), _kind(other, name)
         if kind != other_kind:
-            raise ConfigError(
+            raise SchemaDiffers(
                 f"data.path has files with different schemas: column {name} is {kind} in {path} and {other_kind} "
                 f"in {other_path}; name the columns they share in data.columns, or rewrite one of them"
             )

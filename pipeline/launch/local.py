@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -19,10 +19,12 @@ from typing import Any
 from pipeline.console import Console, RowProgress
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.job import Job
+from pipeline.output.claims import Claims
 from pipeline.process import ExitCode, Stopping
 from pipeline.retry import look_for_errors
 from pipeline.run import finish, may_begin, show_plan
 from pipeline.settings import LocalSettings, RunConfig
+from pipeline.versions import open_job, with_job
 
 LOOK_EVERY_S = 0.1
 
@@ -33,10 +35,10 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
     `arguments` are the command line that `config` was made of. Raises what `run` raises.
     """
     since = datetime.now(UTC)
-    job = Job(config)
-    look_for_errors(job)
     if config.dry_run:
-        return show_plan(job, console)
+        return with_job(config, lambda job: show_plan(job, console))
+    job = open_job(config)
+    look_for_errors(job)
     with job.output.claims() as claims:
         if not may_begin(job, claims, console):
             return ExitCode.NOT_DONE
@@ -44,21 +46,30 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
             return finish(job, claims, console)
         crew = Crew(_workers(config, arguments), console)
         codes = crew.work(job, stopping)
-        job = Job(config)  # by now there is a run.json
+        after = open_job(config)  # by now there is a run.json
         if ExitCode.DONE not in codes:  # else somebody has seen all of them done again; errors may have come again
-            look_for_errors(job)
-        if job.is_answered():
-            return finish(job, claims, console, since)
-        if ExitCode.BAD_CONFIG in codes:
-            return ExitCode.BAD_CONFIG
-        failed = sum(code not in (ExitCode.DONE, ExitCode.NOT_DONE) for code in codes)
-        if failed:
-            raise RunFailed(
-                f"{failed} of {len(codes)} processes failed and not all rows are done; run the same command again"
-            )
-        if stopping():
-            raise Interrupted("stopped by a signal")
-        return finish(job, claims, console)
+            look_for_errors(after)
+        same = after.version == job.version  # or the workers' device asked for another one
+        with nullcontext(claims) if same else after.output.claims() as own:
+            return _conclude(after, own, codes, console, stopping, since)
+
+
+def _conclude(
+    job: Job, claims: Claims, codes: Sequence[int], console: Console, stopping: Stopping, since: datetime
+) -> ExitCode:
+    """What came out, by the rows that are there, and else by the workers' exit codes."""
+    if job.is_answered():
+        return finish(job, claims, console, since)
+    if ExitCode.BAD_CONFIG in codes:
+        return ExitCode.BAD_CONFIG
+    failed = sum(code not in (ExitCode.DONE, ExitCode.NOT_DONE) for code in codes)
+    if failed:
+        raise RunFailed(
+            f"{failed} of {len(codes)} processes failed and not all rows are done; run the same command again"
+        )
+    if stopping():
+        raise Interrupted("stopped by a signal")
+    return finish(job, claims, console)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

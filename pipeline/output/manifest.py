@@ -6,14 +6,15 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered
-from pipeline.errors import ConfigError, RunFailed
+from pipeline.errors import ConfigError, OutputDiffers, RunFailed
 from pipeline.output.claims import RUN_CLAIM
 from pipeline.output.durable import failing_run
 from pipeline.output.store import RUN_JSON
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """The version of run.json that this code writes and reads."""
 
+OTHER_VERSIONS = "other_versions"
+"""The key of `informational` that lists the changes of libraries since the run began."""
 _SHOWN_DIFFERENCES = 5
 _SHOWN_CHARACTERS = 80
 _LEAD_CHARACTERS = 20  # shown before the first difference of two long values
@@ -138,16 +141,23 @@ def update(store: Store, lock: Claims, change: Callable[[RunManifest], RunManife
     `change` raise; run.json then is as it was.
     """
     shown = store.shown(RUN_JSON)
-    _lock(shown, lock)
-    try:
+    with locked(store, lock, RUN_JSON):
         changed = change(load(store))
         if not lock.confirm(RUN_CLAIM):
             raise RunFailed(f"{shown} was taken over while this process stood still; run the same command again")
         with failing_run(shown):
             store.replace(RUN_JSON, changed.to_json().encode())
+    return changed
+
+
+@contextmanager
+def locked(store: Store, lock: Claims, name: str) -> Iterator[None]:
+    """Alone among all processes with what is changed under the claim of run.json; RunFailed if that takes too long."""
+    _lock(store.shown(name), lock)
+    try:
+        yield
     finally:
         lock.release(RUN_CLAIM)
-    return changed
 
 
 def diff(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
@@ -158,7 +168,7 @@ def diff(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
 
 
 def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: str, *, started: bool = True) -> None:
-    """ConfigError unless the fingerprint of `output_dir` equals that of the run that is asked for.
+    """OutputDiffers unless the fingerprint of `output_dir` equals that of the run that is asked for.
 
     `started` tells whether any row is done, which decides on the remedy.
     """
@@ -168,14 +178,30 @@ def check(then: Mapping[str, Json], now: Mapping[str, Json], output_dir: str, *,
     more = [f"and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
     differences = "; ".join(lines[:_SHOWN_DIFFERENCES] + more)
     if not started:
-        raise ConfigError(
+        raise OutputDiffers(
             f"output.dir {output_dir} was begun with other settings: {differences}; no row is done yet: stop the "
-            "processes that work on it, if any, and remove its run.json to begin again with these"
+            "processes that work on it, if any, and remove its run.json to begin again with these",
+            differences,
         )
-    raise ConfigError(
+    raise OutputDiffers(
         f"output.dir {output_dir} holds results of another run: {differences}; "
-        "use another output.dir or the settings it was made with"
+        "use another output.dir or the settings it was made with, or output.on_change=new for a version beside it",
+        differences,
     )
+
+
+def with_versions(manifest: RunManifest, versions: Mapping[str, str]) -> RunManifest:
+    """The manifest with a mark for every library whose version is not the one that the run began with."""
+    marks = {*manifest.informational.get(OTHER_VERSIONS, ()), *other_versions(manifest, versions)}
+    marked = {OTHER_VERSIONS: sorted(marks)} if marks else {}
+    return replace(manifest, informational={**manifest.informational, **marked})
+
+
+def other_versions(manifest: RunManifest, versions: Mapping[str, str]) -> list[str]:
+    """The libraries that have other versions now than when the run began, as "torch 2.11 -> 2.12"."""
+    then = {key: manifest.informational.get(key) for key in versions}
+    changed = {key: now for key, now in sorted(versions.items()) if then[key] not in (None, now)}
+    return [f"{key.removeprefix('versions.')} {then[key]} -> {now}" for key, now in changed.items()]
 
 
 def register(
@@ -216,9 +242,10 @@ def _gone(file: SourceFile, manifest: RunManifest, committed: AbstractSet[str]) 
     """A registered file that is not there any more and need not be."""
     if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
         return file
-    raise ConfigError(
+    raise OutputDiffers(
         f"data.path has no {file.name} any more (it was {file.path}), and not all its rows are done; restore the "
-        "file, or use another output.dir"
+        "file, or use another output.dir, or output.on_change=new",
+        f"{file.name} is gone",
     )
 
 
@@ -228,9 +255,11 @@ def _grown(file: SourceFile, found: FoundFile, counted: Counted | str, room: int
     The rows up to the limit stay those that were first registered, whatever grows later.
     """
     if isinstance(counted, str):
-        raise ConfigError(
+        raise OutputDiffers(
             f"data.path {found.path} has changed since it was registered ({file.size} bytes then, {found.size} now): "
-            f"{counted}; restore the file, give the new content a new name, or use another output.dir"
+            f"{counted}; restore the file, give the new content a new name, or use another output.dir, or "
+            "output.on_change=new for a version beside it",
+            f"{file.name} has changed: {counted}",
         )
     added = counted.rows - file.rows if room is None else min(counted.rows - file.rows, room)
     return SourceFile(
