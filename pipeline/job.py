@@ -45,6 +45,8 @@ class Job:
         self.version = version
         self.because = ""
         """Why there is this version."""
+        self.has_worked = False
+        """Whether this process has answered rows, and left its stats."""
         self.announce: Callable[[], None] = lambda: None
         """Called before run.json is made."""
         self.resolved: Mapping[str, Any] | None = None

@@ -19,6 +19,7 @@ from pipeline.launch.walltime import Walltime
 from pipeline.output.claims import SCHEDULE_CLAIM, Claims
 from pipeline.planning import plan_of, write_plan
 from pipeline.process import ExitCode, Stopping
+from pipeline.report.page import write_report
 from pipeline.retry import look_for_errors
 from pipeline.settings import LocalSettings, RunConfig
 from pipeline.shift import Shift, check_time
@@ -179,6 +180,7 @@ def _leave_stats(
         console.note(f"decode steps ran without CUDA graphs: {stats.eager}")
     recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
     write_stats(job.output, stats, recorder.intervals)
+    job.has_worked = True
 
 
 def thread_notes(job: Job, noted: Mapping[str, Any]) -> list[str]:
@@ -297,10 +299,13 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
     assert job.manifest is not None
     summary = job.manifest.summary
     truth = (summary or {}).get("accuracy", {}).get("column")
-    if summary is None or summary.get("chunks", 0) < len(job.chunks) or truth != job.config.task.truth:
+    fresh = summary is None or summary.get("chunks", 0) < len(job.chunks) or truth != job.config.task.truth
+    if summary is None or fresh:
         summary = summarize(job, claims)
     else:
         job.clear_away(claims)
+    if fresh or job.has_worked or since is not None:
+        write_report(job.output, job.manifest, summary)
     show_latest(job)
     for line in summary_lines(job, summary, since):
         console.result(line)

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -182,6 +183,13 @@ def stats_since(store: Store, since: datetime) -> list[dict[str, Any]]:
     """What the processes that began at or after a time have left, the first one first."""
     first = f"{STATS}/run-{since:{_NAME_TIME}}"
     return [_read(store, name) for name in _run_files(store) if name >= first]
+
+
+def all_stats(store: Store, most: int) -> tuple[list[dict[str, Any]], int]:
+    """What the latest processes have left, the first one first, and of how many more there are stats."""
+    names = _run_files(store)
+    with ThreadPoolExecutor(store.reads_at_once) as pool:
+        return list(pool.map(lambda name: _read(store, name), names[-most:])), max(0, len(names) - most)
 
 
 def _run_files(store: Store) -> list[str]:

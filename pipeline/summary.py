@@ -18,9 +18,9 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
     if summary["error_rows"]:
-        from pipeline.evaluate.errors import commonest_error
+        from pipeline.evaluate.errors import commonest_errors
 
-        summary["commonest_error"] = commonest_error(job.output.dataset(RESULTS))
+        summary["errors"] = commonest_errors(job.output.dataset(RESULTS))
     truth = job.config.task.truth
     if truth is not None:
         from pipeline.evaluate.truth import accuracy
@@ -37,8 +37,8 @@ def summary_lines(job: Job, summary: Mapping[str, Any], since: datetime | None) 
         f"results    {job.output.shown(RESULTS)} ({summary['rows']:,} rows, {summary['error_rows']:,} of them errors, "
         f"in {_count(max(1, summary['chunks']), 'part')})"
     ]
-    if summary.get("commonest_error"):
-        worst = summary["commonest_error"]
+    if summary.get("errors"):
+        worst = summary["errors"][0]
         lines.append(f"errors     most often, in {_count(worst['rows'], 'row')}: {worst['error']}")
     lines += [f"{name:<10} {value}" for name, value in _speed(job, since)]
     judged = summary.get("accuracy")

@@ -18,6 +18,7 @@ JOURNAL = "journal"
 CLAIMS = "claims"
 RUN_JSON = "run.json"
 PLAN_JSON = "plan.json"
+REPORT_HTML = "report.html"
 
 STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
           "memory": "fsspec"}  # fmt: skip

@@ -188,7 +188,9 @@ def test_manifest_plan_and_nothing_else_are_left(out: Path) -> None:
     assert plan["rows"] == LIMIT
     assert plan["shapes"] == manifest["engine"]
     assert nothing_left_over(out)
-    assert sorted(p.name for p in out.iterdir()) == ["claims", "journal", "plan.json", "results", "run.json", "stats"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "claims", "journal", "plan.json", "report.html", "results", "run.json", "stats",
+    ]  # fmt: skip
     assert not list(out.rglob(".*"))
 
 

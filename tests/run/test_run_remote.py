@@ -89,7 +89,7 @@ def assert_complete(place: Place, expected: pa.Table, chunks: int = NUM_CHUNKS) 
     assert rows(place).equals(expected)
     names = sorted(place.files())
     assert sum(name.startswith("results/") for name in names) == chunks
-    assert {name.partition("/")[0] for name in names} == {"plan.json", "results", "run.json", "stats"}
+    assert {name.partition("/")[0] for name in names} == {"plan.json", "report.html", "results", "run.json", "stats"}
     assert run_json(place)["summary"]["rows"] == NUM_ROWS
 
 

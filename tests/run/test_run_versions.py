@@ -22,7 +22,7 @@ from pipeline.config import load_config
 from pipeline.job import Job
 from pipeline.versions import open_job, with_job
 
-CONTRACT = {"results", "stats", "run.json", "plan.json", "journal", "claims"}
+CONTRACT = {"results", "stats", "run.json", "plan.json", "report.html", "journal", "claims"}
 """What an output folder holds without output.on_change=new."""
 
 
