@@ -5,12 +5,28 @@
 #
 # From cron (nightly.crontab), systemd (nightly.service and nightly.timer) or Slurm (nightly.scron). Ends with the
 # pipeline's exit code; 75 also means that the run of an earlier date is still at work, which is left alone.
+#
+# PIPELINE_LOG is a file that is appended to, or a folder: then every run has its own log in it, and the latest
+# PIPELINE_KEEP_LOGS (30) stay.
 set -u
 python=${PIPELINE_PYTHON:-python}
 log=${PIPELINE_LOG:-/dev/stderr}
 begun=$(date +%s)
+folder=
+if [ -d "$log" ]; then
+    folder=$log
+    log=$folder/nightly-$(date +%Y%m%dT%H%M%S)-$$.log
+fi
 
 "$python" -m pipeline launcher.lock=true "$@" >>"$log" 2>&1
 code=$?
 "$python" -m pipeline.status --since "$begun" "$@" 2>&1 | sed "s/^/nightly (exit code $code): /"
+
+if [ -n "$folder" ]; then
+    logs=("$folder"/nightly-*.log)
+    extra=$((${#logs[@]} - ${PIPELINE_KEEP_LOGS:-30}))
+    if [ "$extra" -gt 0 ]; then
+        rm -f -- "${logs[@]:0:extra}"
+    fi
+fi
 exit "$code"

@@ -167,7 +167,9 @@ def _part_row(job: Job, one: Sampled, names: Sequence[str]) -> dict[str, Any]:
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if first <= one.index < first + rows:
-                row: dict[str, Any] = file.read_row_group(group, names).slice(one.index - first, 1).to_pylist()[0]
+                row: dict[str, Any] = (
+                    file.read_row_group(group, names, use_threads=False).slice(one.index - first, 1).to_pylist()[0]
+                )
                 return row
             first += rows
     raise AssertionError(f"{one} is in no row group")

@@ -198,10 +198,13 @@ def _run_files(store: Store) -> list[str]:
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with store.open(name) as file:
-        values: dict[str, Any] = pq.read_table(file).to_pylist()[0]
+    # From a buffer, without threads: an Arrow thread that lets go of a Python file while the interpreter is ending
+    # ends the process with SIGABRT, and these are often the last files that are read.
+    with pq.ParquetFile(pa.BufferReader(store.read(name))) as file:
+        values: dict[str, Any] = file.read(use_threads=False).to_pylist()[0]
     return values
 
 

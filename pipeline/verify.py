@@ -205,7 +205,7 @@ def _kept_columns(output: Store, chunk: Chunk, kept: Sequence[str]) -> pa.Table 
 
     try:
         with output.open(part_path(chunk.id)) as source, pq.ParquetFile(source) as file:
-            return file.read(list(kept))
+            return file.read(list(kept), use_threads=False)
     except (pa.ArrowException, OSError, ValueError):
         return None
 

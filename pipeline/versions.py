@@ -68,6 +68,8 @@ def open_job(config: RunConfig, resolved: Mapping[str, Any] | None = None) -> Jo
     numbers = numbers_of(root)
     for number in reversed(numbers):
         job = _fitting(config, root, number, resolved)
+        if isinstance(job, Job) and job.manifest is None and number < numbers[-1]:
+            job = "its run.json is gone"  # removed by hand: nothing is put in its place
         if isinstance(job, Job):
             return _told(job, root, because)
         where = root.shown() if number == 1 else root.shown(version_name(number))
@@ -126,28 +128,31 @@ def show_latest(job: Job) -> None:
     if job.config.output.on_change != "new" or job.manifest is None:
         return
     root = open_store(job.config.output.dir, job.config.output.storage_options)
-    if _latest(root) >= job.version:
-        return
     said = {"version": job.version, "folder": "" if job.version == 1 else version_name(job.version),
             "results": f"{job.output.shown(RESULTS)}", "run_id": job.manifest.run_id,
             "done": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+    if not _is_newer(root, job):
+        return
     with root.claims() as claims, manifests.locked(root, claims, LATEST_JSON):
-        if _latest(root) < job.version:
+        if _is_newer(root, job):
             with failing_run(root.shown(LATEST_JSON)):
                 root.replace(LATEST_JSON, (json.dumps(said, indent=2) + "\n").encode())
                 if isinstance(root, LocalStore):
                     _link(root, job.version)
 
 
-def _latest(root: Store) -> int:
-    """The version that latest.json names; 0 without one."""
+def _is_newer(root: Store, job: Job) -> bool:
+    """Whether latest.json names a version before the job's, or nothing, or one that was removed and made anew."""
+    assert job.manifest is not None
     with failing_run(root.shown(LATEST_JSON)):
         if not root.exists(LATEST_JSON):
-            return 0
+            return True
         try:
-            return int(json.loads(root.read(LATEST_JSON))["version"])
-        except (ValueError, KeyError):
-            return 0  # whatever it says, it is not ours, and is written anew
+            said = json.loads(root.read(LATEST_JSON))
+            number, run_id = int(said["version"]), said["run_id"]
+        except (ValueError, KeyError, TypeError):
+            return True  # whatever it says, it is not ours
+    return number < job.version or (number == job.version and run_id != job.manifest.run_id)
 
 
 def _link(root: LocalStore, number: int) -> None:

@@ -76,7 +76,7 @@ def _described(file: pq.ParquetFile, schema: pa.Schema, chunk: Chunk) -> Iterato
 def _rows(file: pq.ParquetFile, chunk: Chunk, counts: Counter[str]) -> Iterator[str]:
     """What is wrong with the rows, the first of each kind; adds to `counts`."""
     first, wrong = 0, dict[str, str]()
-    for batch in file.iter_batches(BATCH_ROWS):
+    for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
         batch.validate(full=True)
         counts.update(_sums(batch))
         ids = batch.column("row_id").to_pylist()

@@ -144,6 +144,21 @@ def test_a_version_that_was_only_begun_is_anybodys(data: Path, out: Path, monkey
     assert latest(out) == 2
 
 
+def test_versions_may_be_removed(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not the last leaves its number empty; the last is made anew under its own."""
+    for seed in range(3):
+        run_echo(monkeypatch, *args(data, out, f"sampling.seed={seed}")).done()
+    shutil.rmtree(out / "v0002")
+    run_echo(monkeypatch, *args(data, out, "sampling.seed=1")).done()
+    assert not (out / "v0002").exists()
+    assert run_json(out / "v0004")["fingerprint"]["sampling.seed"] == 1
+    shutil.rmtree(out / "v0004")
+    run_echo(monkeypatch, *args(data, out, "sampling.seed=9")).done()
+    assert run_json(out / "v0004")["fingerprint"]["sampling.seed"] == 9
+    assert json.loads((out / "latest.json").read_text())["run_id"] == run_json(out / "v0004")["run_id"]
+    assert completions(out / "latest") == list("abc")
+
+
 def test_settings_that_are_refused_begin_nothing(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_echo(monkeypatch, *args(data, out)).done()
     assert "task.system is set, but" in run_echo(monkeypatch, *args(data, out, "task.system=x")).err
