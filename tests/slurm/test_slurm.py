@@ -80,6 +80,11 @@ def assert_as_alone(out: Path, alone: Path) -> None:
     assert nothing_left_over(out)
 
 
+def all_well(out: Path) -> str:
+    """The last line of the finish job."""
+    return f"{out}: 2,000 rows in 50 of 50 parts, nothing wrong"
+
+
 def restarts(lab: SlurmLab, job: str) -> int:
     return int(lab.show(job)["Restarts"])
 
@@ -94,7 +99,7 @@ def test_submit_makes_an_array_and_a_look_at_it(cluster: Cluster, alone: Path) -
     logs = sorted(path.name for path in (cluster.out / "slurm").iterdir())
     assert logs == sorted([f"pipeline-{array}_{task}.log" for task in range(4)] + [f"pipeline-finish-{finish}.log"])
     last = (cluster.out / "slurm" / f"pipeline-finish-{finish}.log").read_text()
-    assert last == f"{cluster.out}: 2,000 of 2,000 rows done, 0 errors\n"
+    assert last == f"{cluster.out}: 2,000 of 2,000 rows done, 0 errors\n{all_well(cluster.out)}\n"
     seen = stats(cluster.out)
     assert {one["job"] for one in seen} <= {f"{array}_{task}" for task in range(4)}
     assert sum(one["rows"] for one in seen) == 2000
@@ -114,7 +119,7 @@ def test_killed_told_to_stop_and_preempted(cluster: Cluster, alone: Path) -> Non
     cluster.until_parts(5)
     first = lab.run("sbatch", "--parsable", "-p", "high", "-n4", "--nodes=2", "--wrap", "sleep 1", cwd=cluster.folder)
     lab.until(lambda: lab.states(first)[first] == "COMPLETED", "nobody was preempted", 60)
-    assert cluster.finished(array) == f"COMPLETED {cluster.out}: 2,000 of 2,000 rows done, 0 errors"
+    assert cluster.finished(array) == f"COMPLETED {all_well(cluster.out)}"
     states = lab.states(array)
     assert states.pop(f"{array}_0") == "CANCELLED", "for good"
     assert set(states.values()) == {"COMPLETED"}, cluster.log()
@@ -134,7 +139,7 @@ def test_a_node_that_loses_contact_and_one_that_is_drained(cluster: Cluster, alo
         lab.start_node("n2")
     lab.run("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
     try:
-        assert cluster.finished(array) == f"COMPLETED {cluster.out}: 2,000 of 2,000 rows done, 0 errors"
+        assert cluster.finished(array) == f"COMPLETED {all_well(cluster.out)}"
     finally:
         lab.run("scontrol", "update", "nodename=n1", "state=resume")
     lab.until(lambda: not workers_left(cluster.out), "workers of the lost node do not end", 60)
@@ -166,7 +171,7 @@ def test_eight_tasks_are_cancelled_and_three_finish(cluster: Cluster, alone: Pat
     cluster.lab.wait(eight)
     assert len(parts(cluster.out)) < NUM_CHUNKS
     three = cluster.sbatch("label_array.sbatch", "--array=5-9:2")
-    assert cluster.finished(three) == f"COMPLETED {cluster.out}: 2,000 of 2,000 rows done, 0 errors"
+    assert cluster.finished(three) == f"COMPLETED {all_well(cluster.out)}"
     assert_as_alone(cluster.out, alone)
 
 
