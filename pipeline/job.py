@@ -25,6 +25,7 @@ from pipeline.output.journal import Journal
 from pipeline.output.journal import sweep as sweep_journal
 from pipeline.output.manifest import RunManifest
 from pipeline.output.open import open_store
+from pipeline.output.registration import register
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
 from pipeline.output.store import JOURNAL, RUN_JSON, Store
@@ -260,7 +261,7 @@ class Job:
         sizes = {file.name: file.size for file in manifest.files}
         if any(file.size < sizes.get(file.name, 0) for file in self.found):
             self.found = list(self.source.find())
-        return manifests.register(manifest, self.found, self.committed(), self.count, self.grown)
+        return register(manifest, self.found, self.committed(), self.count, self.grown)
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""

@@ -6,6 +6,7 @@ import gzip
 import tempfile
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
@@ -137,3 +138,21 @@ def test_what_is_appended_while_a_file_is_read_is_not_there_yet(
         seen += next(parts).table["a"].to_pylist()
     seen += [row for part in parts for row in part.table["a"].to_pylist()]
     assert seen == list(range(10_000))
+
+
+def test_an_object_that_was_appended_to() -> None:
+    """What is in a store is replaced by something longer."""
+    fs = fsspec.filesystem("memory")
+    for codec in ("", ".gz"):
+        path = f"/growing/x.jsonl{codec}"
+        old, more = packed(b'{"a": 1}\n{"a": 2}', codec), packed(b'\n{"a": 3}\n', codec)
+        fs.pipe_file(path, old)
+        before = JsonlSource(f"memory:/{path}")
+        before.fix_schema(SCHEMA)
+        (file,) = registered(before)
+        fs.pipe_file(path, old + more)
+        assert [rows.table["a"].to_pylist() for rows in before.read(file, chunks_of(file, 5))] == [[1, 2]]
+        after = JsonlSource(f"memory:/{path}")
+        (found,) = after.find()
+        grown = after.grown(file, found)
+        assert isinstance(grown, Counted) and grown.rows == 3

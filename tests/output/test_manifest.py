@@ -19,6 +19,7 @@ from stores import Place, store_environment, store_from_environment  # noqa: F40
 from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, chunks_within
 from pipeline.errors import ConfigError, RunFailed
 from pipeline.output import manifest as room
+from pipeline.output import registration
 from pipeline.output.local import LocalStore
 from pipeline.output.manifest import RunManifest, check, create_or_load, diff, find, load, update
 
@@ -261,7 +262,7 @@ def register(run: RunManifest, files: list[FoundFile], committed: set[str]) -> t
     def count(file: FoundFile) -> Counted:
         pytest.fail(f"{file.name} is counted already")
 
-    return room.register(run, files, committed, count, lambda file, found: "it is another")
+    return registration.register(run, files, committed, count, lambda file, found: "it is another")
 
 
 def test_known_files_keep_their_ordinals_and_new_ones_follow_by_name() -> None:
@@ -297,14 +298,16 @@ def test_a_file_may_go_when_all_of_it_is_done() -> None:
 
 def test_rows_are_counted_only_when_a_file_is_registered() -> None:
     uncounted = [replace(file, rows=None) for file in (found("a.parquet", 25), found("c.parquet", 5), found("e", 7))]
-    files = room.register(manifest(), uncounted, set(), lambda file: Counted(rows={"e": 7}[file.name]), str)
+    files = registration.register(manifest(), uncounted, set(), lambda file: Counted(rows={"e": 7}[file.name]), str)
     assert [(file.name, file.rows) for file in files] == [("a.parquet", 25), ("c.parquet", 5), ("e", 7)]
 
 
 def grown(rows: int, reason: str = "") -> tuple[SourceFile, ...]:
     """a.parquet of 25 rows found again with so many; c.parquet as it was."""
     now = [replace(found("a.parquet", rows, digest="more"), rows=None), found("c.parquet", 5)]
-    return room.register(manifest(), now, set(), str, lambda file, found: reason or Counted(rows=rows, content="h"))
+    return registration.register(
+        manifest(), now, set(), str, lambda file, found: reason or Counted(rows=rows, content="h")
+    )
 
 
 def test_rows_that_were_appended_are_registered_behind_the_old_ones() -> None:
@@ -319,9 +322,11 @@ def test_rows_that_were_appended_are_registered_behind_the_old_ones() -> None:
     ]
     again = found("a.parquet", 40, digest="still more")
     run = manifest(files=(first, second))
-    last, _ = room.register(run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=40, content="i"))
+    last, _ = registration.register(
+        run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=40, content="i")
+    )
     assert last.ends == (25, 31) and last.rows == 40
-    blank, _ = room.register(
+    blank, _ = registration.register(
         run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=31, content="i")
     )
     assert (blank.ends, blank.rows, blank.digest) == ((25,), 31, "still more"), "blank lines are no rows"
@@ -336,7 +341,7 @@ def test_what_else_was_done_to_a_file_is_told() -> None:
 def test_appended_rows_do_not_push_out_others_that_were_within_the_limit(limit: int, rows: int) -> None:
     run = manifest(fingerprint={"data.limit": limit})
     now = [found("a.parquet", 45, digest="more"), found("c.parquet", 5)]
-    files = room.register(run, now, set(), str, lambda file, found: Counted(rows=45))
+    files = registration.register(run, now, set(), str, lambda file, found: Counted(rows=45))
     assert files[0].rows == rows
     before, after = (chunks_within(some, 10, limit) for some in (run.files, files))
     assert set(before) <= set(after), "a chunk that may have been committed is what it was"

@@ -14,6 +14,8 @@ from echo import run_echo
 from harness import TINY, call, environment, nothing_left_over, parts, rows, run_cli, run_json, stats
 
 from pipeline import verify
+from pipeline.config import load_config
+from pipeline.job import Job
 from pipeline.output import manifest as manifests
 from pipeline.output.local import LocalStore
 
@@ -104,6 +106,24 @@ def test_what_was_not_finished_before_a_file_grew(tmp_path: Path, monkeypatch: p
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert prompts(out, 0) == words(0, 12)
     assert [part.stem[-2:] for part in parts(out)] == ["00", "04", "06", "10"]
+
+
+def test_a_process_that_saw_less_than_another_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both start at the same time, with lines appended between their looks at the folder."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", *map(line, words(0, 2)))
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    jobs = []
+    for count in (3, 5):
+        append(inbox / "a.jsonl", *map(line, words(count - 1, count)))
+        jobs.append(Job(load_config([*args(inbox, out), "sampling.logprobs=true"])))
+        assert jobs[-1].num_rows == count - len(jobs) + 1
+    resolved = {k: v for k, v in run_json(out)["fingerprint"].items() if k.startswith("resolved.")}
+    for job in reversed(jobs):
+        with job.output.claims() as claims:
+            job.start(claims, resolved, {}, {})
+        assert job.num_rows == 4
+        assert [chunk.first_row for chunk in job.pending()] == [2]
 
 
 @pytest.mark.parametrize("begin", [b"", b"\n\n"])

@@ -1,0 +1,85 @@
+"""The files of a run.json as they are found now: what stays, what was appended to, what is new."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered
+from pipeline.errors import OutputDiffers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from pipeline.output.manifest import RunManifest
+
+
+def register(
+    manifest: RunManifest,
+    found: Sequence[FoundFile],
+    committed: AbstractSet[str],
+    count: Callable[[FoundFile], Counted],
+    grown: Callable[[SourceFile, FoundFile], Counted | str],
+) -> tuple[SourceFile, ...]:
+    """The manifest's files with their present paths and what was appended to them, then the new ones, by name.
+
+    An ordinal, once given, stays; a file without rows that has changed is a new one. `committed` are the ids of the
+    chunks that have a Part; `count` says how many rows a new file has, `grown` how many one has that has changed.
+    Raises ConfigError for a registered file that has changed otherwise, or that is gone before all of it was done.
+    """
+    by_name = {file.name: file for file in found}
+    limit = manifest.fingerprint.get("data.limit")
+    room = None if limit is None else max(0, limit - sum(file.rows for file in manifest.files))
+    known: list[SourceFile] = []
+    for file in manifest.files:
+        now = by_name.get(file.name)
+        if now is None:
+            known.append(_gone(file, manifest, committed))
+        elif (now.size, now.digest) == (file.size, file.digest):
+            known.append(replace(file, path=now.path))
+        elif room == 0 and now.size > file.size:
+            known.append(replace(file, path=now.path))  # what was appended to it is beyond data.limit
+        elif file.rows:
+            known.append(_grown(file, now, grown(replace(file, path=now.path), now), room))
+            room = None if room is None else room - (known[-1].rows - file.rows)
+    known_names = {file.name for file in known}
+    new = sorted((file for file in found if file.name not in known_names), key=lambda file: file.name)
+    first = 1 + max((file.ordinal for file in manifest.files), default=-1)
+    return (*known, *(registered(first + index, file, count) for index, file in enumerate(new)))
+
+
+def _gone(file: SourceFile, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
+    """A registered file that is not there any more and need not be."""
+    if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
+        return file
+    raise OutputDiffers(
+        f"data.path has no {file.name} any more (it was {file.path}), and not all its rows are done; restore the "
+        "file, or use another output.dir, or output.on_change=new",
+        f"{file.name} is gone",
+    )
+
+
+def _grown(file: SourceFile, found: FoundFile, counted: Counted | str, room: int | None) -> SourceFile:
+    """A registered file with the rows that were appended to it, as far as `data.limit` leaves room (None: for all).
+
+    The rows up to the limit stay those that were first registered, whatever grows later.
+    """
+    if isinstance(counted, str):
+        raise OutputDiffers(
+            f"data.path {found.path} has changed since it was registered ({file.size} bytes then, {found.size} now): "
+            f"{counted}; restore the file, give the new content a new name, or use another output.dir, or "
+            "output.on_change=new for a version beside it",
+            f"{file.name} has changed: {counted}",
+        )
+    added = counted.rows - file.rows if room is None else min(counted.rows - file.rows, room)
+    return SourceFile(
+        ordinal=file.ordinal,
+        name=file.name,
+        path=found.path,
+        size=found.size,
+        rows=file.rows + added,
+        digest=found.digest,
+        content=counted.content,
+        ends=(*file.ends, file.rows) if added else file.ends,
+    )
