@@ -67,6 +67,7 @@ class CudaGraphs:
         """
         with torch.cuda.device(self._device):
             self._warm_up(step)
+            stream = torch.cuda.current_stream(self._device)
             try:
                 return self._capture(step)
             except torch.OutOfMemoryError:
@@ -74,6 +75,7 @@ class CudaGraphs:
             except RuntimeError as error:  # how CUDA reports what a capture does not allow
                 if self._required:
                     raise
+                torch.cuda.set_stream(stream)  # a capture that fails may leave its own in place
                 self.eager_reason = f"a step could not be captured ({str(error).strip().splitlines()[0]})"
                 return step
 
