@@ -54,6 +54,7 @@ class Runtime:
     attention: AttentionKernel
     attention_reason: str
     adapter: Adapter | None = None
+    kv_dtype: str = "auto"
 
     @property
     def spec(self) -> QuantSpec:
@@ -91,6 +92,7 @@ class Runtime:
             + (f" ({self.kernel_reason})" if self.quant else "")
             + f", attention {self.attention.name}"
             + (f" ({self.attention_reason})" if self.device.type != "cpu" else "")
+            + (f", keys and values in {self.kv_dtype}" if self.kv_dtype != "auto" else "")
             + (f", adapter {self.adapter.name}: {self.adapter.describe()}" if self.adapter else "")
         )
 
@@ -205,7 +207,18 @@ def resolve_runtime(
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)
     return Runtime(
-        place, transformers_config, device, quant, reason, shapes, memory, needs, attention, attention_reason, adapter
+        place,
+        transformers_config,
+        device,
+        quant,
+        reason,
+        shapes,
+        memory,
+        needs,
+        attention,
+        attention_reason,
+        adapter,
+        config.engine.kv_dtype,
     )
 
 

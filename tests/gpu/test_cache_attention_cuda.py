@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.engine.attention import PackedPrefill, RowSpan, Tiling
+from pipeline.engine.kv_cache import Segment
 from pipeline.kernels.attention import AttentionRule
 from pipeline.kernels.cache_attention import CachedLayer
 from pipeline.kernels.float8 import dequantize, quantize
@@ -101,3 +103,52 @@ def test_it_is_captured() -> None:
     lengths.fill_(5)
     graph.replay()
     assert torch.equal(out, TRITON(q, layer, lengths, PLAIN, 3)[0])
+
+
+ROWS = CACHE_ATTENTION["triton"].rows
+PASSES = [
+    pytest.param((32, 8, 128), PLAIN, 0, id="llama3"),
+    pytest.param((32, 8, 128), PLAIN, 217, id="llama3-behind-217"),
+    pytest.param((32, 32, 128), PLAIN, 0, id="llama2"),
+    pytest.param((8, 4, 256), AttentionRule(0.0625, 100, 50.0), 217, id="gemma2-behind-217"),
+]
+
+
+def a_pass(heads: tuple[int, int, int], earlier: int, dtype: torch.dtype) -> tuple[list[Tensor], list[RowSpan]]:
+    """Queries, keys and values [heads, T, D] as a model hands them over (not contiguous), and the rows of the pass."""
+    query_heads, kv_heads, dim = heads
+    generator = torch.Generator("cuda").manual_seed(earlier)
+
+    def random(count: int, tokens: int) -> Tensor:
+        return torch.randn(tokens, count, dim, device="cuda", generator=generator).to(dtype).transpose(0, 1)
+
+    begun = Segment(0, earlier)
+    begun.put(0, random(kv_heads, earlier), random(kv_heads, earlier))
+    spans, at = [], 0
+    for length in (1, 64, 65, 500, 3, 1000, 127):
+        spans.append(RowSpan(at, length, None, (begun,) if earlier else ()))
+        at += length
+    return [random(count, at + 48) for count in (query_heads, kv_heads, kv_heads)], spans
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "rule", "earlier"), PASSES)
+def test_all_rows_of_a_pass_at_once(
+    heads: tuple[int, int, int], rule: AttentionRule, earlier: int, dtype: torch.dtype
+) -> None:
+    """Against the same pass row by row in float32, and against itself with the rows in another order."""
+    assert ROWS is not None
+    qkv, spans = a_pass(heads, earlier, dtype)
+    positions = torch.cat([torch.arange(earlier, earlier + s.causal, device="cuda") for s in spans])
+    positions = torch.nn.functional.pad(positions, (0, qkv[0].shape[1] - positions.shape[0]))
+    tiling = Tiling.of(spans, ROWS, torch.device("cuda"))
+    ours = PackedPrefill(tuple(spans), None, positions, positions, tiling).attend(0, *qkv, rule)
+    wide = [x.float() for x in qkv]
+    for segment in {id(s): s for span in spans for s in span.earlier}.values():
+        segment.keys, segment.values = [x.float() for x in segment.keys], [x.float() for x in segment.values]
+    theirs = PackedPrefill(tuple(spans), None, positions, positions).attend(0, *wide, rule)
+    assert float((ours.float() - theirs).abs().max()) < DTYPES[dtype]
+    qkv, spans = a_pass(heads, earlier, dtype)
+    tiling = Tiling.of(spans[::-1], ROWS, torch.device("cuda"))
+    again = PackedPrefill(tuple(spans[::-1]), None, positions, positions, tiling).attend(0, *qkv, rule)
+    assert torch.equal(again, ours)
