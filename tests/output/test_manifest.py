@@ -249,7 +249,7 @@ def test_another_runs_fingerprint_is_refused_in_one_sentence() -> None:
         check(then, then | {"k1": 5}, "/out")
     assert str(error.value) == (
         "output.dir /out holds results of another run: k1: 1 -> 5; "
-        "use another output.dir or the settings it was made with"
+        "use another output.dir or the settings it was made with, or output.on_change=new for a version beside it"
     )
     with pytest.raises(ConfigError, match=r"k4: 4 -> \(absent\); and 2 more; use another"):
         check(then, {}, "/out")
@@ -320,15 +320,11 @@ def test_rows_that_were_appended_are_registered_behind_the_old_ones() -> None:
         (20, 5),
         (25, 6),
     ]
-    again = found("a.parquet", 40, digest="still more")
+    again = [found("a.parquet", 40, digest="still more"), found("c.parquet", 5)]
     run = manifest(files=(first, second))
-    last, _ = registration.register(
-        run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=40, content="i")
-    )
+    last, _ = registration.register(run, again, set(), str, lambda f, n: Counted(rows=40, content="i"))
     assert last.ends == (25, 31) and last.rows == 40
-    blank, _ = registration.register(
-        run, [again, found("c.parquet", 5)], set(), str, lambda f, n: Counted(rows=31, content="i")
-    )
+    blank, _ = registration.register(run, again, set(), str, lambda f, n: Counted(rows=31, content="i"))
     assert (blank.ends, blank.rows, blank.digest) == ((25,), 31, "still more"), "blank lines are no rows"
 
 

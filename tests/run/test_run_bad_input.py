@@ -382,7 +382,12 @@ def test_secrets_stay_out_of_the_output_folder(
     ended = attempt(*overrides).done()
     assert not holding(tmp_path / "out", "hunter2")
     assert "hunter2" not in ended.out + ended.err
-    assert holding(tmp_path / "out", "(redacted)") == ["plan.json", "run.json", stats_file(tmp_path / "out")]
+    assert holding(tmp_path / "out", "(redacted)") == [
+        "plan.json",
+        "report.html",
+        "run.json",
+        stats_file(tmp_path / "out"),
+    ]
     assert json.loads(stats(tmp_path / "out")[0]["config"])["task"]["kind"] == "generate"
     attempt(*overrides).done()
     shown = attempt(*overrides, f"output.dir={tmp_path / 'never'}", "dry_run=true").done()
