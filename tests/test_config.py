@@ -155,6 +155,7 @@ SAMPLES = {
     "engine.compile": "graphs",
     "engine.kv_dtype": "float8_e4m3",
     "engine.attention": "reference",
+    "output.on_change": "new",
     "output.compression": "snappy",
     "output.storage_options": "{anon: true}",
     "shard.index": "1",
