@@ -176,7 +176,9 @@ def test_outputs_anywhere_and_without_rows(small_model: Path, tmp_path: Path, pl
     data = write(tmp_path / "in.parquet", {"prompt": pa.array(texts, pa.string())})
     run_here(*args(small_model, data, "x"), *place.args()).done()
     options = [argument for argument in place.args() if not argument.startswith("output.dir")]
-    assert f"{rows} rows in {max(1, -(-rows // 5))} of" in verified(place.url, *options).done().out
+    whole = verified(place.url, *options, "--replay=2").done()
+    assert f"{rows} rows in {max(1, -(-rows // 5))} of" in whole.out
+    assert ("note: 2 rows were answered again" in whole.out) == bool(rows)
     part = max(name for name in place.files() if name.startswith("results/"))
     place.remove(part)
     assert verified(place.url, *options).code == 1
