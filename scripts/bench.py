@@ -119,7 +119,9 @@ def engine_system(folder: Path, args: argparse.Namespace, head: tuple[int, ...])
     """This project's engine, with the shapes and the memory it would choose itself."""
     overrides = [
         "model=path", f"model.path={folder}", f"quant={args.quant}", f"model.device={args.device}",
-        f"model.dtype={args.dtype}", "data.path=unused", "output.dir=unused", *args.overrides,
+        f"model.dtype={args.dtype}", "data.path=unused", "output.dir=unused",
+        "engine.dedup=false",  # the same rows are answered again in each repeat
+        *args.overrides,
     ]  # fmt: skip
     config = load_config(overrides)
     runtime = resolve_runtime(config, open_checkpoint(str(folder)), None)
