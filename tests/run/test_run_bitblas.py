@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
+from formats import GPTQ, make
 from harness import TICKETS, TINY, give_tokenizer, label_args, prompt, results, run_cli, run_here, stats
 
 pytestmark = pytest.mark.skipif(find_spec("gptqmodel") is None, reason="GPTQModel is not installed (make setup)")
 
-PROGRAMS = Path(__file__).parents[1] / "quant"
 ROWS = [f"data.path={TICKETS}", "data.limit=12", prompt("Topic?\n\n{{ ticket }}"), *label_args(), "model.dtype=float32"]
-GPTQ = {
-    "bits": 4, "group_size": 32, "sym": False, "lm_head": False, "dynamic": {}, "scales": "float16", "dtype": "float16",
-    "told_in": "config.json", "file": "model.safetensors",
-}  # fmt: skip
 TOLD = {"quant_method": "gptq", "checkpoint_format": "bitblas", "bits": 4, "group_size": 32, "sym": False}
 PACKED = {"bits": 4, "zeros": "quantized", "leaf": "qzeros", "code_dtype": "", "ladder": False, "told": TOLD}
-
-
-def make(program: str, *jobs: dict[str, Any], env: dict[str, str] | None = None) -> None:
-    command = [sys.executable, str(PROGRAMS / program)]
-    done = subprocess.run(
-        command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=env,
-        cwd=Path(jobs[0]["target"]).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

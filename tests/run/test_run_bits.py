@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from formats import GPTQ, make
 from harness import TINY, environment, label_args, parts, prompt, results, run_cli, run_here, write
 
 SAMPLED = ["sampling.temperature=1.2", "sampling.top_k=100", "sampling.seed=3"]
@@ -44,13 +46,46 @@ def by_key(out: Path) -> dict[int, Any]:
     return found
 
 
+@pytest.fixture(scope="session")
+def gptq_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model as GPTQModel packs it."""
+    root = tmp_path_factory.mktemp("gptq")
+    job = GPTQ | {"source": str(small_model), "format": "gptq", "desc_act": True}
+    make("make_gptq.py", job | {"target": str(root / "small"), "dense": str(root / "dense")})
+    return root / "small"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("quant", ["none", "bnb"])
 def test_bits_do_not_depend_on_place(
     kind: str, quant: str, small_model: Path, varied: Path, permuted: Path, tmp_path: Path
 ) -> None:
     model = TINY if kind == "label" else small_model
-    args = ["model=path", f"model.path={model}", "model.dtype=bfloat16", f"quant={quant}", *KINDS[kind]]
+    check_bits(
+        [f"model.path={model}", f"quant={quant}", "model.dtype=bfloat16", *KINDS[kind]], varied, permuted, tmp_path
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", ["int8", "gptq"])
+def test_bits_of_other_modes(
+    quant: str, dtype: str, kind: str, small_model: Path, varied: Path, permuted: Path, tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if quant == "gptq" and find_spec("gptqmodel") is None:
+        pytest.skip("GPTQModel is not installed (make setup)")
+    mode = {
+        "int8": lambda: [f"model.path={small_model}", "quant=bnb-int8", "quant.int8_threshold=0"],
+        "gptq": lambda: [f"model.path={request.getfixturevalue('gptq_model')}"],
+    }[quant]()
+    check_bits([*mode, f"model.dtype={dtype}", *KINDS[kind]], varied, permuted, tmp_path)
+
+
+def check_bits(settings: list[str], varied: Path, permuted: Path, tmp_path: Path) -> None:
+    """The same rows in other company, order, chunks, slots, and after some were lost, have the same bits."""
+    args = ["model=path", *settings]
     variants: dict[str, list[str]] = {
         "one chunk": [f"data.path={varied}"],
         "permuted, small chunks": [f"data.path={permuted}", "data.chunk_rows=9"],
