@@ -327,6 +327,8 @@ MISTAKES = [
     (("sampling.seed=18446744073709551616",), r"sampling\.seed must be .* got 18446744073709551616"),
     (("shard.index=2",), r"shard\.index must be from 0 .* shard\.index=2 shard\.count=1"),
     (("max_error_rate=1.1",), r"max_error_rate must be between 0 and 1, got 1\.1"),
+    (("output.journal_s=-1",), r"output\.journal_s must be 0 or more, got -1"),
+    (("retry=all",), r"retry must be one of failed, got all"),
     ((*LABEL, "task.abstain_below=2"), r"task\.abstain_below must be between 0 and 1, got 2"),
     ((*BNB, "quant.kernel=nope"), r"quant\.kernel must be one of .*got nope"),
     ((*BNB, "quant.dequant_cache=-1"), r"quant\.dequant_cache must be auto, off or GiB, got -1"),
