@@ -154,7 +154,7 @@ class Lab:
         if aim == "start":
             delay, began = self.rng.uniform(0, 6), time.monotonic()
             return lambda life: time.monotonic() - began > delay
-        rows_s, write_s, wanted = self.rng.uniform(0, 1.6), self.rng.uniform(0, 0.02), self.rng.randint(1, 2)
+        rows_s, write_s, wanted = self.rng.uniform(0, 1.6), self.rng.uniform(0, 0.01), self.rng.randint(1, 2)
 
         def soon(life: Life) -> bool:
             done = [when for when, what, _ in life.look() if what == "done"]
@@ -227,7 +227,7 @@ def assert_as_if_never_killed(out: Path, whole: Path) -> None:
     assert run_json(out)["summary"] == run_json(whole)["summary"]
 
 
-AIMS = ("commit", "rows", "journal", "rows", "commit", "rows", "start")
+AIMS = ("commit", "rows", "journal", "commit", "rows", "commit", "start")
 
 
 def kill_one_after_another(lab: Lab, most: int) -> None:
@@ -278,4 +278,4 @@ def test_killed_again_and_again(
         assert_as_if_never_killed(lab.out, whole)
     with capsys.disabled():
         print(f"\n{landed.total()} kills in {lab.rounds} runs landed {dict(landed)}; {again} rows were computed twice")
-    assert landed["writing a Part"] + landed["after publishing"] >= KILLS // 10
+    assert landed["writing a Part"] + landed["after publishing"] >= KILLS // 5
