@@ -31,6 +31,7 @@ class ModelSchema:
     revision: str | None = doc(None, "branch, tag or commit of the hub repository")
     dtype: str = doc("auto", "auto (the checkpoint's), bfloat16, float16 or float32")
     tokenizer: str | None = doc(None, "another folder or hub id to take the tokenizer from")
+    hash_weights: bool = doc(False, "tell other weights by all of their bytes, not by samples of them")
     trust_remote_code: bool = doc(False, "run Python code that comes with the checkpoint")
     max_len: int | None = doc(None, "longest row in tokens, answer included; the model's own limit if null")
     device: str = doc("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N")

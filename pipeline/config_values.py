@@ -81,6 +81,7 @@ def _model(values: Mapping[str, Any]) -> ModelSettings:
         dtype=values["dtype"],
         tokenizer=values["tokenizer"],
         trust_remote_code=values["trust_remote_code"],
+        hash_weights=values["hash_weights"],
         max_len=_positive("model.max_len", values["max_len"]),
         device=values["device"],
         adapter=values["adapter"],

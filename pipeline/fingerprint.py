@@ -23,7 +23,7 @@ def requested(
     """What was asked for, under flat dotted keys: enough to refuse a resume before torch is imported."""
     parts = {
         "model": {
-            "files": checkpoint.identity(),
+            "files": checkpoint.identity(config.model.hash_weights),
             **({} if adapter is None else {"adapter": adapter.identity()}),
             "dtype": config.model.dtype,
             "max_len": config.model.max_len,

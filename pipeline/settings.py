@@ -24,6 +24,7 @@ class ModelSettings:
     dtype: str = "auto"
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    hash_weights: bool = False
     max_len: int | None = None
     device: str = "auto"
     adapter: str | None = None

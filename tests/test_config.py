@@ -133,6 +133,7 @@ def test_the_command_line_wins_over_an_experiment() -> None:
 
 SAMPLES = {
     "model.dtype": "float32",
+    "model.hash_weights": "true",
     "model.device": "cuda:1",
     "model.memory": "1.5",
     "quant.kernel": "reference",

@@ -96,9 +96,13 @@ class Checkpoint:
             return ()
         return tuple(stored) if isinstance(stored, list) else (int(stored),)
 
-    def identity(self) -> dict[str, str]:
-        """What tells this checkpoint from another: hashes of its small files, and of samples of its weights."""
-        return self.file_hashes() | {file.name: _sampled_hash(file) for file in self.weight_files}
+    def identity(self, whole: bool = False) -> dict[str, str]:
+        """What tells this checkpoint from another: hashes of its small files, and of samples of its weights.
+
+        With `whole`, of all of its weights, which takes as long as reading them.
+        """
+        hash_of = _whole_hash if whole else _sampled_hash
+        return self.file_hashes() | {file.name: hash_of(file) for file in self.weight_files}
 
     def file_hashes(self) -> dict[str, str]:
         """Hashes of config, tokenizer and index, where they exist."""
@@ -194,6 +198,11 @@ def read_header(file: Path) -> list[TensorInfo]:
     if any(8 + length + end > size for _, end in places.values()):
         raise broken
     return infos
+
+
+def _whole_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def _sampled_hash(file: Path) -> str:

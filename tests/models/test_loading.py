@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,27 @@ def test_identity_changes_with_weights_and_config(copy_of: Any) -> None:
     assert after["config.json"] == before["config.json"]
     change_config(folder, rms_norm_eps=1e-3)
     assert open_checkpoint(str(folder)).identity()["config.json"] != before["config.json"]
+
+
+def test_every_byte_counts_where_all_are_hashed(copy_of: Any) -> None:
+    """Between the samples, too."""
+    folder = copy_of("llama")
+    weights = folder / WEIGHTS
+    with weights.open("ab") as file:
+        file.truncate(200 << 20)  # a long file of zeros behind what counts: the samples are far apart
+    before = open_checkpoint(str(folder))
+    sampled, whole = before.identity()[WEIGHTS], before.identity(whole=True)[WEIGHTS]
+    with weights.open("r+b") as file:
+        file.seek((200 << 20) * 3 // 7 + 1)
+        file.write(b"\1")
+    after = open_checkpoint(str(folder))
+    assert after.identity()[WEIGHTS] == sampled
+    assert after.identity(whole=True)[WEIGHTS] != whole
+    with weights.open("r+b") as file:
+        file.seek((200 << 20) * 3 // 7 + 1)
+        file.write(b"\0")
+    told = subprocess.run(["sha256sum", str(weights)], capture_output=True, text=True, check=True)
+    assert whole == f"sha256:{told.stdout.split()[0]}"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-one-head", "qwen3", "mistral"])
