@@ -170,7 +170,9 @@ class EngineSchema:
     dedup: bool = doc(True, "run equal requests once")
     compile: Any = doc("auto", "decode steps as CUDA graphs: graphs, off, or auto: on CUDA, where they can be captured")
     kv_dtype: str = doc("auto", f"of cached keys and values: {', '.join(KV_DTYPES)}; auto is the model's dtype")
-    attention: str = doc("auto", f"kernel that reads the cache: {', '.join(ATTENTION)}; auto is triton on CUDA")
+    attention: str = doc(
+        "auto", f"kernel that reads the cache: {', '.join(ATTENTION)}; auto: triton on CUDA, slotwise on a CPU"
+    )
 
 
 @dataclass

@@ -22,6 +22,7 @@ from pipeline.engine.graphs import Recorder
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan, ModelGeometry
 from pipeline.engine.prefix import Splits
+from pipeline.kernels.cache_attention import AttendCached, attend_slot_by_slot
 from pipeline.models.decoder import TransformersDecoder
 
 MAX_POSITIONS = 640
@@ -121,6 +122,7 @@ class EngineUnderTest:
     splits: Splits = NO_SPLITS
     prefix_tokens: int = 4096
     float8: bool = False
+    attend: AttendCached = attend_slot_by_slot
 
     def engine(
         self,
@@ -133,7 +135,7 @@ class EngineUnderTest:
         engine = Engine(
             decoder or self.decoder,
             self.plan,
-            lambda c: KVCache(self.geometry, c, self.dtype, device, float8=self.float8),
+            lambda c: KVCache(self.geometry, c, self.dtype, device, float8=self.float8, attend=self.attend),
             device,
             text_of,
             self.splits,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels.attention import AttentionRule, attend_cache
+from pipeline.kernels.attention import AttentionRule, attend_cache, attend_segment
 from pipeline.kernels.float8 import decoded
 
 BLOCK = 256
@@ -73,6 +73,34 @@ class AttentionKernel:
     def rows_in(self, dtype: torch.dtype) -> RowsKernel | None:
         """The kernel for a prefill in a dtype, if there is one."""
         return self.rows if dtype.itemsize == 2 else None
+
+
+def runs_slot_by_slot(need: AttentionNeed) -> str | None:
+    """Why slots cannot be attended to one by one, or None if they can."""
+    if need.device_type == "cpu":
+        return None
+    return f"slots are attended to one by one on cpu, where the host knows their lengths, not on {need.device_type}"
+
+
+def attend_slot_by_slot(
+    q_BHD: Tensor, layer: CachedLayer, lengths_B: Tensor, rule: AttentionRule, splits: int
+) -> tuple[Tensor, Tensor]:
+    """Each slot by itself, up to its row's length, by torch's flash kernel where the rule allows; FP8 as the reference.
+
+    A CPU takes longer to read all positions of all slots than to start an operation for each. A slot's bits depend
+    on its own length only.
+    """
+    if layer.key_scales is not None:
+        return attend_cached_reference(q_BHD, layer, lengths_B, rule, splits)
+    outs, lses = [], []
+    for slot, length in enumerate(lengths_B.tolist()):
+        seen = slice(0 if rule.window is None else max(0, length - rule.window), length)
+        k_KSD, v_KSD = layer.keys[slot, :, seen], layer.values[slot, :, seen]
+        out_H1D, lse_H1 = attend_segment(q_BHD[slot, :, None], k_KSD, v_KSD, rule)
+        outs.append(out_H1D[:, 0])
+        lses.append(lse_H1[:, 0])
+    broken_BH1 = (q_BHD * 0).sum(dim=-1, keepdim=True)  # nan for a query that is not finite, which flash makes zeros of
+    return torch.stack(outs) + broken_BH1, torch.stack(lses)
 
 
 def attend_cached_reference(

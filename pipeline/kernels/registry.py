@@ -22,7 +22,14 @@ from pipeline.kernels import (
 )
 from pipeline.kernels.bitblas_operators import OperatorStore, default_folder
 from pipeline.kernels.bitblas_package import BitblasPackage
-from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed, RowsKernel, attend_cached_reference
+from pipeline.kernels.cache_attention import (
+    AttentionKernel,
+    AttentionNeed,
+    RowsKernel,
+    attend_cached_reference,
+    attend_slot_by_slot,
+    runs_slot_by_slot,
+)
 from pipeline.kernels.linear8bit import Int8Weight, dequantize_8bit, linear_8bit_reference, looks_for_outliers
 from pipeline.kernels.need import Need, Progress
 from pipeline.kernels.packed4bit import Packed4bit, dequantize_4bit_reference
@@ -161,6 +168,9 @@ CACHE_ATTENTION: Mapping[str, AttentionKernel] = {
         can_run=triton_attention.can_run,
         passed_over=triton_attention.passed_over,
         rows=RowsKernel(attend=triton_prefill.attend_rows, tiles_of=triton_prefill.tiles_of),
+    ),
+    "slotwise": AttentionKernel(
+        name="slotwise", attend=attend_slot_by_slot, can_run=runs_slot_by_slot, passed_over=_anywhere
     ),
     "reference": AttentionKernel(
         name="reference", attend=attend_cached_reference, can_run=_anywhere, passed_over=_anywhere

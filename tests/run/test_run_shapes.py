@@ -34,7 +34,7 @@ def test_the_shapes_are_told_before_the_run(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["static_shapes"] == shapes
     assert f"5 static shapes: {', '.join(shapes)}" in ended.err
     (run,) = stats(tmp_path / "out")
-    assert (run["shapes"], run["graphs"], run["attention"]) == (5, 0, "reference")
+    assert (run["shapes"], run["graphs"], run["attention"]) == (5, 0, "slotwise")
     assert "cuda devices, not on cpu" in run["eager"]
 
 
