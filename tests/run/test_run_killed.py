@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from harness import TINY, WAIT_S, environment, nothing_left_over, parts, results, run_here, run_json, segments, write
+from harness import TINY, WAIT_S, environment, nothing_left_over, parts, results, run_cli, run_json, segments, write
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +217,7 @@ def lab(request: pytest.FixtureRequest, tickets: list[str], tmp_path: Path) -> I
 @pytest.fixture
 def whole(lab: Lab) -> Path:
     """The run that nobody interrupts."""
-    run_here(*lab.settings, f"output.dir={lab.folder / 'whole'}").done()
+    run_cli(*lab.settings, f"output.dir={lab.folder / 'whole'}").done()
     return lab.folder / "whole"
 
 
