@@ -152,7 +152,7 @@ def test_a_signal_to_everybody_at_once_is_one_signal(
         each.send_signal(signal.SIGUSR1)
     stopped = ended(process)
     assert stopped.code == 75, stopped.err
-    assert nothing_left_over(out)
+    assert only_journal_left_over(out)
     assert stats(out), "there was time to save"
 
 
