@@ -232,16 +232,18 @@ def _attend_trie(
 class SlotDecode:
     """One token per slot of the cache.
 
-    `positions_B` is where each slot's token stands in its row.
+    `positions_B` is where each slot's token stands in its row, `lengths_B` how many of the row's tokens it sees, itself
+    included; none in a free slot.
     """
 
     cache: KVCache
     slots_B: Tensor
     positions_B: Tensor
+    lengths_B: Tensor
     reach_T: Tensor
 
     def attend(self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> Tensor:
-        """Attention output [B, H, D] of each slot's token over its row so far, itself included."""
+        """Attention output [B, H, D] of each slot's token."""
         self.cache.write(layer, self.slots_B, self.positions_B, k_KTD, v_KTD)
-        out_BHD, _ = self.cache.attend(layer, q_HTD.transpose(0, 1), self.positions_B + 1, rule)
+        out_BHD, _ = self.cache.attend(layer, q_HTD.transpose(0, 1), self.lengths_B, rule)
         return out_BHD

@@ -5,8 +5,10 @@ Shapes: B slots, K key/value heads, S = max_len positions, D head dim, T tokens 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,10 +64,10 @@ class KVCache:
         stored = torch.uint8 if float8 else dtype
 
         def tensors() -> list[Tensor]:
-            return [torch.zeros(shape, dtype=stored, device=device) for _ in range(geometry.layers)]
+            return [_zeros(shape, stored, device) for _ in range(geometry.layers)]
 
         def scales() -> list[Tensor | None]:
-            return [torch.zeros(shape[:-1], device=device) if float8 else None for _ in range(geometry.layers)]
+            return [_zeros(shape[:-1], torch.float32, device) if float8 else None for _ in range(geometry.layers)]
 
         self.keys, self.values = tensors(), tensors()
         self.key_scales, self.value_scales = scales(), scales()
@@ -118,3 +120,10 @@ class KVCache:
             (k, self.keys[layer], self.key_scales[layer]),
             (v, self.values[layer], self.value_scales[layer]),
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory page by page, as they are written: slots have room for the longest row."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

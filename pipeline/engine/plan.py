@@ -194,16 +194,19 @@ def plan_engine(
     device_type: str,
     kv_budget_bytes: int,
     kv_itemsize: int,
+    stops_at_length: bool = False,
 ) -> EnginePlan:
     """List the shapes for rows of at most `longest` tokens, within a budget for keys and values.
 
-    Raises ConfigError when `engine.slots` does not fit, or not even the fewest slots do.
+    Where attention `stops_at_length`, at the end of each row, shorter classes only save memory: there are as few
+    as it allows. Raises ConfigError when `engine.slots` does not fit, or not even the fewest slots do.
     """
     token_bytes = settings.cache_bytes_per_token(geometry, kv_itemsize)
     slots = round_up(settings.slots or (CUDA_SLOTS if device_type == "cuda" else CPU_SLOTS))
-    classes = _fit_classes(
-        _class_lengths(longest), slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None
-    )
+    lengths = _class_lengths(longest)
+    if stops_at_length:
+        lengths = _fewest_lengths(lengths, slots, token_bytes, kv_budget_bytes)
+    classes = _fit_classes(lengths, slots, token_bytes, kv_budget_bytes, fixed=settings.slots is not None)
     largest, logit_rows = largest_pass(settings, longest, device_type)
     return EnginePlan(
         length_classes=tuple(replace(c, splits=_splits(c, geometry.kv_heads, device_type)) for c in classes),
@@ -228,13 +231,26 @@ def _class_lengths(longest: int) -> list[int]:
     return [*lengths, longest]
 
 
+def _fewest_lengths(lengths: list[int], slots: int, token_bytes: int, budget: int) -> list[int]:
+    """The longest of the lengths, as many as it takes for all slots to fit; all of them where nothing does."""
+    for first in reversed(range(len(lengths))):
+        if _total_bytes(_classes(lengths[first:], slots), token_bytes) <= budget:
+            return lengths[first:]
+    return lengths
+
+
+def _classes(lengths: list[int], slots: int) -> tuple[LengthClass, ...]:
+    """Longer classes get fewer slots: equal memory for each."""
+    return tuple(LengthClass(slots=_class_slots(slots, lengths[0], n), max_len=n) for n in lengths)
+
+
 def _fit_classes(
     lengths: list[int], wanted: int, token_bytes: int, budget: int, *, fixed: bool
 ) -> tuple[LengthClass, ...]:
-    """Give longer classes fewer slots (equal memory for each), then lower all until they fit."""
+    """Lower the slots of all classes until they fit."""
     slots = wanted
     while True:
-        classes = tuple(LengthClass(slots=_class_slots(slots, lengths[0], n), max_len=n) for n in lengths)
+        classes = _classes(lengths, slots)
         needed = _total_bytes(classes, token_bytes)
         if needed <= budget:
             return classes

@@ -126,7 +126,8 @@ class SlotBatch:
 
     def _logits(self) -> Tensor:
         """The logits [B, V] of every slot's next token."""
-        attention = SlotDecode(self.cache, self._slots_B, self._position_B, self._reach_B)
+        lengths_B = torch.where(self._reach_B > 0, self._position_B + 1, 0)
+        attention = SlotDecode(self.cache, self._slots_B, self._position_B, lengths_B, self._reach_B)
         return self._model.head(self._model.hidden(self._token_B, self._position_B, attention))
 
     def _advance(self, tokens_B: Tensor) -> None:
@@ -156,9 +157,10 @@ class SlotBatch:
             self._seen_BV[slot] = seen_tokens([seat], self.vocab, self.device)[0]
 
     def _send_back(self, taken: Sequence[Seat | None]) -> None:
-        """Let free slots, which are decoded along with the others, begin anew: short rows are attended to faster."""
-        free_B = torch.tensor([seat is None for seat in taken])
-        self._position_B.masked_fill_(free_B.to(self.device, non_blocking=True), 0)
+        """Let free slots, which are decoded along with the others, begin anew without a reach, attending to nothing."""
+        free_B = torch.tensor([seat is None for seat in taken]).to(self.device, non_blocking=True)
+        self._position_B.masked_fill_(free_B, 0)
+        self._reach_B.masked_fill_(free_B, 0)
 
     def _sampler_rows(self) -> SamplerRows:
         if self._rows is None:

@@ -9,6 +9,7 @@ heads per key/value head, D head dim. Outputs have the query's dtype; log-sum-ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 QUERY_BLOCK = 64
 """Queries of several rows are multiplied with shared keys in blocks of this size, whatever their number: the size of
 a product decides on its bits."""
+
+
+AttendSegment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Queries [1, H, T, D], keys and values [1, K, S, D] to the output [1, H, T, D] and the log-sum-exp [1, H, T]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +115,25 @@ def attend_segment(
 
     Returns [H, T, D] and [H, T].
     """
-    flash = _flash_kernel(q_HTD, rule)
-    if flash is None or mask_TS is not None:
+    if mask_TS is not None:
         return attend_reference(q_HTD, k_KSD, v_KSD, rule, mask_TS)
-    out_1HTD, lse_1HT = flash(q_HTD[None], k_KSD[None], v_KSD[None], 0.0, False, scale=rule.scale)[:2]
-    return out_1HTD[0], lse_1HT[0, :, : q_HTD.shape[1]]
+    out_1HTD, lse_1HT = segment_kernel(q_HTD, rule)(q_HTD[None], k_KSD[None], v_KSD[None])
+    return out_1HTD[0], lse_1HT[0]
+
+
+def segment_kernel(q: Tensor, rule: AttentionRule) -> AttendSegment:
+    """What attends to whole segments: torch's flash kernel where the device of `q` has one and the rule allows."""
+    flash = _flash_kernel(q, rule)
+
+    def by_flash(q_1HTD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> tuple[Tensor, Tensor]:
+        found = flash(q_1HTD, k_1KSD, v_1KSD, 0.0, False, scale=rule.scale)
+        return found[0], found[1].narrow(2, 0, q_1HTD.shape[2])
+
+    def by_reference(q_1HTD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> tuple[Tensor, Tensor]:
+        out_HTD, lse_HT = attend_reference(q_1HTD[0], k_1KSD[0], v_1KSD[0], rule)
+        return out_HTD[None], lse_HT[None]
+
+    return by_reference if flash is None else by_flash
 
 
 def attend_earlier(
@@ -177,9 +196,14 @@ def attend_cache(
     scores_BKGS = rule.scores(torch.matmul(q_BKGD, k_BKSD.transpose(-1, -2)).float())
     scores_BKGS = scores_BKGS.masked_fill(rule.hidden(lengths_B, positions)[:, None, None], float("-inf"))
     lse_BKG = torch.logsumexp(scores_BKGS, dim=-1)
-    weights_BKGS = torch.exp(scores_BKGS - lse_BKG[..., None])
+    weights_BKGS = softmax_weights(scores_BKGS, lse_BKG)
     out_BKGD = torch.matmul(weights_BKGS.to(v_BKSD.dtype), v_BKSD)
     return out_BKGD.reshape(slots, heads, dim), lse_BKG.reshape(slots, heads)
+
+
+def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse) over the last dimension; zeros where all scores, and so their log-sum-exp, are -inf."""
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
 def merge_segments(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels.attention import AttentionRule, attend_cache, attend_segment
+from pipeline.kernels.attention import AttentionRule, attend_cache, segment_kernel, softmax_weights
 from pipeline.kernels.float8 import decoded
 
 BLOCK = 256
@@ -31,19 +31,21 @@ class CachedLayer:
 AttendCached = Callable[[Tensor, CachedLayer, Tensor, AttentionRule, int], tuple[Tensor, Tensor]]
 """Queries [B, H, D], layer, lengths [B], rule and splits to the output [B, H, D] and the log-sum-exp [B, H].
 
-Of each slot the first so many positions count, the query's own the last of them. `splits` is into how many equal
-parts the positions are cut, whose attention is merged; it changes bits, and nothing else does.
+Of each slot the first so many positions count, the query's own the last of them; a slot of length 0 is free, and what
+it gets is finite and means nothing. `splits` is into how many equal parts the positions are cut, whose attention is
+merged; it changes bits, and nothing else does.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionNeed:
-    """What is to be run: where, in which dtype, with heads of `head_dim`."""
+    """What is to be run: where, in which dtype, with heads of `head_dim`, over a cache in FP8 or not."""
 
     device_type: str
     capability: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
     head_dim: int = 128
+    float8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,15 @@ class RowsKernel:
 class AttentionKernel:
     """One implementation; `can_run` and `passed_over` answer with a reason, or None (see `registry.Kernel`).
 
-    `rows` is for prefill in dtypes of 16 bits; without it, and in others, rows are attended to one by one.
+    `stops_at_length` says whether a slot takes as long as its row, and not as its room, is long. `rows` is for prefill
+    in dtypes of 16 bits; without it, and in others, rows are attended to one by one.
     """
 
     name: str
     attend: AttendCached
     can_run: Callable[[AttentionNeed], str | None]
     passed_over: Callable[[AttentionNeed], str | None]
+    stops_at_length: Callable[[AttentionNeed], bool]
     rows: RowsKernel | None = None
 
     def rows_in(self, dtype: torch.dtype) -> RowsKernel | None:
@@ -92,15 +96,25 @@ def attend_slot_by_slot(
     """
     if layer.key_scales is not None:
         return attend_cached_reference(q_BHD, layer, lengths_B, rule, splits)
-    outs, lses = [], []
-    for slot, length in enumerate(lengths_B.tolist()):
-        seen = slice(0 if rule.window is None else max(0, length - rule.window), length)
-        k_KSD, v_KSD = layer.keys[slot, :, seen], layer.values[slot, :, seen]
-        out_H1D, lse_H1 = attend_segment(q_BHD[slot, :, None], k_KSD, v_KSD, rule)
-        outs.append(out_H1D[:, 0])
-        lses.append(lse_H1[:, 0])
+    lengths = lengths_B.tolist()
+    taken = [slot for slot, length in enumerate(lengths) if length]
+    outs_BHD, lses_BH = torch.zeros_like(q_BHD), q_BHD.new_full(q_BHD.shape[:2], float("-inf"), dtype=torch.float32)
+    if taken:
+        attend = segment_kernel(q_BHD, rule)
+        q_B1H1D, k_B1KSD, v_B1KSD = (
+            x.unbind() for x in (q_BHD[:, None, :, None], layer.keys[:, None], layer.values[:, None])
+        )
+        parts = [attend(q_B1H1D[s], *_seen(k_B1KSD[s], v_B1KSD[s], lengths[s], rule)) for s in taken]
+        outs_BHD[taken] = torch.cat([out_1H1D for out_1H1D, _ in parts])[:, :, 0]
+        lses_BH[taken] = torch.cat([lse_1H1 for _, lse_1H1 in parts])[:, :, 0]
     broken_BH1 = (q_BHD * 0).sum(dim=-1, keepdim=True)  # nan for a query that is not finite, which flash makes zeros of
-    return torch.stack(outs) + broken_BH1, torch.stack(lses)
+    return outs_BHD + broken_BH1, lses_BH
+
+
+def _seen(k_1KSD: Tensor, v_1KSD: Tensor, length: int, rule: AttentionRule) -> tuple[Tensor, Tensor]:
+    """A slot's keys and values that a query at its row's end sees."""
+    count = length if rule.window is None else min(length, rule.window)
+    return k_1KSD.narrow(2, length - count, count), v_1KSD.narrow(2, length - count, count)
 
 
 def attend_cached_reference(
@@ -123,7 +137,7 @@ def attend_cached_reference(
     )
     scores_BKGS = rule.scores(raw_BKGS).masked_fill(rule.hidden(lengths_B, positions)[:, None, None], float("-inf"))
     lse_BKG = torch.logsumexp(scores_BKGS, dim=-1)
-    weights_BKGS = torch.exp(scores_BKGS - lse_BKG[..., None]) * layer.value_scales[:, :, None]
+    weights_BKGS = softmax_weights(scores_BKGS, lse_BKG) * layer.value_scales[:, :, None]
     out_BKGD = torch.zeros_like(q_BKGD)
     for block in blocks:
         out_BKGD = out_BKGD + torch.matmul(weights_BKGS[..., block], decoded(layer.values[:, :, block]))

@@ -167,13 +167,22 @@ CACHE_ATTENTION: Mapping[str, AttentionKernel] = {
         attend=triton_attention.attend_cached,
         can_run=triton_attention.can_run,
         passed_over=triton_attention.passed_over,
+        stops_at_length=lambda need: True,
         rows=RowsKernel(attend=triton_prefill.attend_rows, tiles_of=triton_prefill.tiles_of),
     ),
     "slotwise": AttentionKernel(
-        name="slotwise", attend=attend_slot_by_slot, can_run=runs_slot_by_slot, passed_over=_anywhere
+        name="slotwise",
+        attend=attend_slot_by_slot,
+        can_run=runs_slot_by_slot,
+        passed_over=_anywhere,
+        stops_at_length=lambda need: not need.float8,
     ),
     "reference": AttentionKernel(
-        name="reference", attend=attend_cached_reference, can_run=_anywhere, passed_over=_anywhere
+        name="reference",
+        attend=attend_cached_reference,
+        can_run=_anywhere,
+        passed_over=_anywhere,
+        stops_at_length=lambda need: False,
     ),
 }
 """What reads a static cache, and attends to the rows of a pass, the fastest first."""

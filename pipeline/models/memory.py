@@ -141,9 +141,16 @@ class Placement:
 
 
 def plan_shapes(
-    place: Placement, engine: EngineSettings, quant: QuantSettings, model_max_len: int | None
+    place: Placement,
+    engine: EngineSettings,
+    quant: QuantSettings,
+    model_max_len: int | None,
+    *,
+    stops_at_length: bool = False,
 ) -> tuple[EnginePlan, MemoryPlan]:
     """The engine's shapes and the shares of memory; raises ConfigError with sizes and remedy if nothing fits.
+
+    `stops_at_length` is what the kernel of attention does at a row's end (see `plan_engine`).
 
     Where no length is asked for, shorter ones are tried until keys and values fit.
     """
@@ -158,6 +165,7 @@ def plan_shapes(
                 device_type=place.device_type,
                 kv_budget_bytes=memory.kv_cache_budget,
                 kv_itemsize=place.dtype.itemsize,
+                stops_at_length=stops_at_length,
             )
         except ConfigError:
             if longest == lengths[-1]:

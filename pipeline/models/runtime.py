@@ -186,7 +186,11 @@ def resolve_runtime(
     quant, reason = format_of(spec, config.quant.kernel, needs, config.quant.tuning_cache)
     geometry = _geometry(transformers_config, adapter)
     reads = AttentionNeed(
-        device_type=device.type, capability=capability_of(device), dtype=dtype, head_dim=geometry.head_dim
+        device_type=device.type,
+        capability=capability_of(device),
+        dtype=dtype,
+        head_dim=geometry.head_dim,
+        float8=config.engine.kv_dtype != "auto",
     )
     attention, attention_reason = choose_attention(config.engine.attention, reads)
     if config.engine.compile == "graphs" and device.type != "cuda":
@@ -202,7 +206,9 @@ def resolve_runtime(
         adapter_bytes=0 if adapter is None else adapter.num_bytes(dtype.itemsize),
     )
     if stored_shapes is None:
-        shapes, memory = plan_shapes(place, config.engine, config.quant, config.model.max_len)
+        shapes, memory = plan_shapes(
+            place, config.engine, config.quant, config.model.max_len, stops_at_length=attention.stops_at_length(reads)
+        )
     else:
         shapes = EnginePlan.from_dict(stored_shapes)
         memory = plan_memory(place, config.engine, config.quant, shapes.max_len)

@@ -116,18 +116,20 @@ def merge_splits(
     BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One query head's splits merged by their log-sum-exps, the first one first; at least one is not empty."""
+    """One query head's splits merged by their log-sum-exps, the first one first; zeros and -inf where all are empty."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     largest = tl.load(lses_ptr + row * SPLITS)
     for split in range(1, SPLITS):
         largest = tl.maximum(largest, tl.load(lses_ptr + row * SPLITS + split))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
     total = 0.0
     out_D = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(SPLITS):
-        weight = tl.exp(tl.load(lses_ptr + row * SPLITS + split) - largest)
+        weight = tl.exp(tl.load(lses_ptr + row * SPLITS + split) - base)
         part_D = tl.load(outs_ptr + (row * SPLITS + split) * D + d, mask=d < D, other=0)
         total += weight
         out_D += weight * part_D
-    tl.store(lse_ptr + row, largest + tl.log(total))
-    tl.store(out_ptr + row * D + d, rounded(out_D / total, out_ptr.dtype.element_ty, INTERPRETED), mask=d < D)
+    tl.store(lse_ptr + row, largest + tl.log(tl.where(total == 0, 1.0, total)))
+    out_D = out_D / tl.where(total == 0, 1.0, total)
+    tl.store(out_ptr + row * D + d, rounded(out_D, out_ptr.dtype.element_ty, INTERPRETED), mask=d < D)
