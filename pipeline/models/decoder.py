@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.attention import AttentionPass
+from pipeline.kernels.prepack import Prepacker
 from pipeline.models.rope import RowLongRope
 from pipeline.quant.linear import QuantLinear
 
@@ -65,13 +66,17 @@ class TransformersDecoder:
             if isinstance(module, QuantLinear):
                 yield name, module
 
-    def cache_dequantized(self, budget_bytes: int) -> int:
-        """Keep dequantized weights, layer after layer, while they fit the budget; returns the bytes taken."""
+    def cache_dequantized(self, budget_bytes: int, rows: Sequence[int] = ()) -> int:
+        """Keep dequantized weights, layer after layer, while they fit the budget; returns the bytes taken.
+
+        A CPU has them laid out beforehand for passes of so many `rows`.
+        """
         taken = 0
+        prepack = Prepacker(rows)
         for linear in (linear for _, linear in self.quant_linears() if linear.cacheable):
             if taken + linear.dense_bytes > budget_bytes:
                 break
-            linear.cache_weight()
+            linear.cache_weight(prepack)
             taken += linear.dense_bytes
         return taken
 

@@ -37,6 +37,7 @@ class Float32QuantHead(nn.Module):
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
         self.linear = linear
+        linear.multiplies_only = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to float32 [..., N]."""

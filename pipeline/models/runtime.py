@@ -130,7 +130,7 @@ class Runtime:
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        model.cache_dequantized(self.memory.dequant_cache_budget)
+        model.cache_dequantized(self.memory.dequant_cache_budget, [shape.rows for shape in self.shapes.shapes])
         engine = Engine(
             model,
             self.shapes,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.prepack import PrepackedWeight, Prepacker
 from pipeline.kernels.registry import Kernel, PackedWeight
 
 
@@ -16,7 +17,7 @@ class QuantLinear(nn.Module):
 
     A kernel with a product of its own runs that, some kernels only in passes of few rows. For the others the weight
     is dequantized for each pass, or once with `cache_weight`; both give the same bits, since the product is the same
-    dense one.
+    dense one. `multiplies_only` is for others to unset who take `dense_weight` in every pass.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, kernel: Kernel[Any]) -> None:
@@ -27,7 +28,8 @@ class QuantLinear(nn.Module):
         self.kernel = kernel
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
-        self._cached: Tensor | None = None
+        self.multiplies_only = True
+        self._cached: Tensor | PrepackedWeight | None = None
 
     @property
     def cacheable(self) -> bool:
@@ -54,12 +56,16 @@ class QuantLinear(nn.Module):
         dense: Tensor = self.kernel.dequantize(self.weight, self.dtype)
         return dense
 
-    def cache_weight(self) -> None:
-        """Keep the dequantized weight from now on."""
-        self._cached = self.dequantize()
+    def cache_weight(self, prepack: Prepacker | None = None) -> None:
+        """Keep the dequantized weight from now on, laid out by `prepack` where it can be."""
+        dense = self.dequantize()
+        laid_out = prepack(dense, self.bias) if prepack is not None and self.multiplies_only else None
+        self._cached = dense if laid_out is None else laid_out
 
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in the model's dtype, cached or dequantized now."""
+        if isinstance(self._cached, PrepackedWeight):
+            return self._cached.dense()
         return self.dequantize() if self._cached is None else self._cached
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,4 +74,6 @@ class QuantLinear(nn.Module):
         if self.kernel.linear is not None and x_MK.shape[0] <= (self.kernel.few_rows or x_MK.shape[0]):
             out: Tensor = self.kernel.linear(x_MK, self.weight, self.bias)
             return out.reshape(*x.shape[:-1], self.out_features)
+        if isinstance(self._cached, PrepackedWeight):
+            return self._cached.product(x, self.bias)
         return F.linear(x, self.dense_weight(), self.bias)

@@ -157,19 +157,20 @@ def test_cached_weights_give_the_same_bits(
     folder = checkpoint_folder("llama-biases")
     under_test: EngineUnderTest = build_engine(folder, dtype, quant)
     rng = random.Random(0)
-    rows = [Request(id=n, prompt_ids=random_prompt(rng, 20)) for n in range(12)]
-    rows += [Request(id=n, prompt_ids=random_prompt(rng, 9), candidates=((5, 6), (7,))) for n in range(12, 20)]
-    uncached = under_test.answer(rows)
+    asked = [Request(id=n, prompt_ids=random_prompt(rng, 20)) for n in range(12)]
+    asked += [Request(id=n, prompt_ids=random_prompt(rng, 9), candidates=((5, 6), (7,))) for n in range(12, 20)]
+    uncached = under_test.answer(asked)
     decoder = load_decoder.__wrapped__(folder, dtype, quant)  # type: ignore[attr-defined]  # one of its own
     dense = [linear.dense_bytes for _, linear in decoder.quant_linears()]
     assert decoder.cache_dequantized(0) == 0
-    part = decoder.cache_dequantized(sum(dense[:5]) + dense[5] - 1)
+    rows = [shape.rows for shape in under_test.plan.shapes]
+    part = decoder.cache_dequantized(sum(dense[:5]) + dense[5] - 1, rows)
     assert part == sum(dense[:5]) == sum(linear.cached_bytes for _, linear in decoder.quant_linears())
     half = EngineUnderTest(decoder, under_test.plan, under_test.geometry, dtype)
-    assert half.answer(rows) == uncached
-    assert decoder.cache_dequantized(1 << 40) == sum(dense)
+    assert half.answer(asked) == uncached
+    assert decoder.cache_dequantized(1 << 40, rows) == sum(dense)
     assert all(linear.cached_bytes == linear.dense_bytes for _, linear in decoder.quant_linears())
-    assert half.answer(rows) == uncached
+    assert half.answer(asked) == uncached
 
 
 @each_dtype
