@@ -82,6 +82,13 @@ class RowProgress:
             self._last_line = now
             self._console.note(self._line(now - self._started, rate))
 
+    def extend(self, total: int) -> None:
+        """There are more rows than there were."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+
     def close(self) -> None:
         """End the bar, or give the last line."""
         if self._bar is not None:

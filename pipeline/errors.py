@@ -16,6 +16,10 @@ class OutputDiffers(ConfigError):
         self.what = what or message
 
 
+class Overtaken(Exception):
+    """Another process has begun the same run from other input; this one looks at everything again."""
+
+
 class SchemaDiffers(ConfigError):
     """A file has other columns than those before it."""
 

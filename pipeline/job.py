@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -14,8 +15,8 @@ import pyarrow as pa
 from pipeline import __version__, fingerprint
 from pipeline.data.files import would_read
 from pipeline.data.open import open_source
-from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within
-from pipeline.errors import ConfigError, OutputDiffers, RunFailed, SchemaDiffers
+from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within, unfinished_chunk
+from pipeline.errors import ConfigError, Interrupted, OutputDiffers, Overtaken, RunFailed, SchemaDiffers
 from pipeline.models.adapter import Adapter, open_adapter
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.output import manifest as manifests
@@ -25,7 +26,7 @@ from pipeline.output.journal import Journal
 from pipeline.output.journal import sweep as sweep_journal
 from pipeline.output.manifest import RunManifest
 from pipeline.output.open import open_store
-from pipeline.output.registration import register
+from pipeline.output.registration import as_registered, continued, more_in, register
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
 from pipeline.output.store import JOURNAL, RUN_JSON, Store
@@ -48,6 +49,7 @@ class Job:
         """Why there is this version."""
         self.has_worked = False
         """Whether this process has answered rows, and left its stats."""
+        self._is_settled = False  # whether the files are those of run.json, whatever else there is
         self.announce: Callable[[], None] = lambda: None
         """Called before run.json is made."""
         self.resolved: Mapping[str, Any] | None = None
@@ -87,9 +89,15 @@ class Job:
 
     @cached_property
     def files(self) -> tuple[SourceFile, ...]:
-        """The registered files; before the first run, as they would be registered."""
-        base = self.manifest or self.fresh_manifest({}, {}, {})
-        return self._register(base)
+        """The registered files; before this process has begun, as it would register them."""
+        if self._is_settled and self.manifest is not None:
+            return as_registered(self.manifest, self.found, self.committed())
+        return self._register(self.manifest or self.fresh_manifest({}, {}, {}))
+
+    @cached_property
+    def continued(self) -> frozenset[str]:
+        """Chunks of a row that was half-written and is to be done again, now that it goes on."""
+        return frozenset() if self.manifest is None else frozenset(continued(self.manifest.files, self.files))
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -133,7 +141,7 @@ class Job:
 
     def pending(self) -> list[Chunk]:
         """Chunks without a Part, or with one whose errors are to be done again; those of this shard first."""
-        committed = self.committed() - self.failed.keys()
+        committed = self.committed() - self.failed.keys() - self.continued
         first = len(self.chunks) * self.config.shard.index // self.config.shard.count
         ordered = self.chunks[first:] + self.chunks[:first]
         return [chunk for chunk in ordered if chunk.id not in committed]
@@ -183,13 +191,55 @@ class Job:
         else:
             manifest, created = manifests.load(self.output), False
         if not created:
+            if self.manifest is None and not manifest.input_schema.equals(self.input_schema):
+                raise Overtaken
             self._adopt(manifest)
             self.check_resolved(resolved)
             if self.files != manifest.files or manifests.with_versions(manifest, fingerprint.versions()) != manifest:
-                manifest = manifests.update(self.output, claims, self._registered)
+                manifest = self._register_all(claims)
             if self.failed:  # whose Parts will change under the summary
                 manifest = manifests.update(self.output, claims, lambda manifest: replace(manifest, summary=None))
+        self.source.fix_schema(self.input_schema)
+        self._is_settled = True
         self._take(manifest)
+
+    def keep_to_registered(self) -> str | None:
+        """Leave aside what nobody has registered yet; returns what that is, for a sentence."""
+        if self.manifest is None:
+            return None
+        now, chunks, again = self.files, self.chunks, self.continued
+        self._is_settled = True
+        self._take(self.manifest)
+        return more_in(now, self.files) if again or chunks != self.chunks else None
+
+    def take_over(self) -> bool:
+        """Take over what other processes have registered since this one did, so that all have the same to do.
+
+        Returns whether there was any. Raises Interrupted where it cannot be read here, RunFailed where run.json is
+        another one.
+        """
+        if not self._is_settled or self.manifest is None:
+            return False
+        manifest = self._check_still_ours()
+        if manifest.files == self.manifest.files:
+            return False
+        try:
+            self.found = list(self.source.find())
+            as_registered(manifest, self.found, self.committed())
+        except ConfigError as error:
+            raise Interrupted(
+                f"other processes have registered more input, which this one cannot take: {error}"
+            ) from error
+        self._take(manifest)
+        return True
+
+    def is_as_registered(self, chunk: Chunk) -> bool:
+        """False for an unfinished row that another process has found continued since this one looked."""
+        file = self._file_of(chunk)
+        if unfinished_chunk(file) != chunk:
+            return True
+        now = {file.ordinal: file.size for file in self._check_still_ours().files}
+        return now.get(file.ordinal) == file.size
 
     def sink(self, attempt: str) -> Sink:
         """The writer of this run's Parts, which name the run and its fingerprint in their schema's metadata."""
@@ -209,25 +259,28 @@ class Job:
 
     def content_of(self, chunk: Chunk) -> str:
         """What changes with the content of a chunk's file."""
-        return next(file.digest for file in self.files if file.ordinal == chunk.file_ordinal)
+        return self._file_of(chunk).digest
+
+    def _file_of(self, chunk: Chunk) -> SourceFile:
+        return next(file for file in self.files if file.ordinal == chunk.file_ordinal)
 
     def _identity(self) -> dict[str, str]:
         """The run, and the settings that can change its rows."""
         assert self.manifest is not None
         return self.manifest.part_metadata()
 
-    def _check_still_ours(self) -> None:
-        """Raise RunFailed when run.json has been removed or replaced while this process worked."""
+    def _check_still_ours(self) -> RunManifest:
+        """run.json as it is now; RunFailed when it has been removed or replaced while this process worked."""
         assert self.manifest is not None
-        try:
-            run_id = manifests.read(self.output).run_id
-        except (FileNotFoundError, ValueError):
-            run_id = ""
-        if run_id != self.manifest.run_id:
+        now = None
+        with suppress(FileNotFoundError, ValueError):
+            now = manifests.read(self.output)
+        if now is None or now.run_id != self.manifest.run_id:
             raise RunFailed(
                 f"{self.output.shown(RUN_JSON)} is not the one this process started with any more; nothing is written "
                 "under other settings; run the same command again"
             )
+        return now
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
         """Keep the run's summary in run.json, and clear away what killed processes left."""
@@ -253,13 +306,35 @@ class Job:
                 self.output.sweep()
                 sweep_journal(self.output, self.committed())
 
-    def _registered(self, manifest: RunManifest) -> RunManifest:
-        return replace(manifests.with_versions(manifest, fingerprint.versions()), files=self._register(manifest))
+    def _register_all(self, claims: Claims) -> RunManifest:
+        """Have run.json name the files as they are now; the Part of a row that was continued is removed before.
+
+        A file of such a row that another process has in hand stays registered as it is, for the next run.
+        """
+        held: list[str] = []
+
+        def changed(manifest: RunManifest) -> RunManifest:
+            files = self._register(manifest)
+            for chunk_id, before in continued(manifest.files, files).items():
+                if claims.try_claim(chunk_id):
+                    held.append(chunk_id)
+                    with failing_run(self.output.shown(part_path(chunk_id))):
+                        self.output.remove(part_path(chunk_id))
+                else:
+                    files = tuple(before if file.ordinal == before.ordinal else file for file in files)
+            known = manifests.with_versions(manifest, fingerprint.versions())
+            return replace(known, files=files, summary=None if held else known.summary)
+
+        try:
+            return manifests.update(self.output, claims, changed)
+        finally:
+            for chunk_id in held:
+                claims.release(chunk_id)
 
     def _register(self, manifest: RunManifest) -> tuple[SourceFile, ...]:
-        """The files of a run.json as they are now; looked for again if another process has seen more of one."""
-        sizes = {file.name: file.size for file in manifest.files}
-        if any(file.size < sizes.get(file.name, 0) for file in self.found):
+        """The files of a run.json as they are now; looked for again if another process has seen more than this one."""
+        sizes = {file.name: file.size for file in self.found}
+        if any(sizes.get(file.name, -1) < file.size for file in manifest.files):
             self.found = list(self.source.find())
         return register(manifest, self.found, self.committed(), self.count, self.grown)
 
@@ -290,8 +365,8 @@ class Job:
 
     def _take(self, manifest: RunManifest) -> None:
         self.manifest = manifest
-        self.__dict__.pop("files", None)
-        self.__dict__.pop("chunks", None)
+        for name in ("files", "chunks", "continued"):
+            self.__dict__.pop(name, None)
 
     def _input_schema(self) -> pa.Schema:
         """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""

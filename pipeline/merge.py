@@ -53,6 +53,9 @@ def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console
     target = _target(job, to)
     if target.exists() and any(not path.name.startswith("merged-") for path in target.iterdir()):
         raise ConfigError(f"--to {target} holds other files than an earlier merge; name another folder")
+    more = job.keep_to_registered()
+    if more is not None:
+        console.note(f"{job.output.shown()}: {more}")
     if not job.is_answered():
         console.note(f"{job.output.shown()}: not all rows are done, nothing was merged")
         return ExitCode.NOT_DONE

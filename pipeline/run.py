@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline import fingerprint
-from pipeline.console import Console
+from pipeline.console import Console, RowProgress
 from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted, RunFailed
 from pipeline.job import Job
@@ -47,6 +47,7 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
 def _run(job: Job, console: Console, stopping: Stopping, started: float) -> ExitCode:
     if job.config.dry_run:
         return show_plan(job, console)
+    tell_left(job, console)
     look_for_errors(job)
     with job.output.claims() as claims:
         if not may_begin(job, claims, console):
@@ -55,6 +56,12 @@ def _run(job: Job, console: Console, stopping: Stopping, started: float) -> Exit
             job.output.prepare()
             answer_rows(job, claims, console, stopping, started, Patience(job.config.shard.wait_s))
         return finish(job, claims, console)
+
+
+def tell_left(job: Job, console: Console) -> None:
+    """Say which input files are left for a later run."""
+    for sentence in job.source.left:
+        console.note(f"note: {sentence}")
 
 
 def work(config: RunConfig, console: Console, stopping: Stopping, patience: Patience) -> ExitCode:
@@ -67,11 +74,13 @@ def work(config: RunConfig, console: Console, stopping: Stopping, patience: Pati
 
 
 def _work(job: Job, console: Console, stopping: Stopping, started: float, patience: Patience) -> ExitCode:
+    tell_left(job, console)
     look_for_errors(job)
     with job.output.claims() as claims:
         if not job.is_answered():
             job.output.prepare()
             answer_rows(job, claims, console, stopping, started, patience)
+    job.take_over()
     return ExitCode.DONE if job.is_answered() else ExitCode.NOT_DONE
 
 
@@ -146,8 +155,16 @@ def answer_rows(
             shift = Shift(
                 job, claims, sink, journal, engine, task, prompts, stats, recorder, progress, stopping, walltime
             )
-            while shift.work(job.pending()) or more():
+            while shift.work(job.pending()) or _take_over(job, progress) or more() or _take_over(job, progress):
                 pass
+
+
+def _take_over(job: Job, progress: RowProgress) -> bool:
+    """Whether other processes have registered more input by now, which this one then works on as well."""
+    taken = job.take_over()
+    if taken:
+        progress.extend(job.num_rows)
+    return taken
 
 
 @contextmanager
@@ -289,6 +306,7 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
 
     The speed is that of the last process, or of all that began after `since`.
     """
+    job.take_over()
     left = job.pending()
     if left:
         console.note(

@@ -144,6 +144,8 @@ class Shift:
         if done and part is None:
             self.job.failed.pop(chunk.id, None)
             return None
+        if not self.job.is_as_registered(chunk):
+            return None
         journal = self.journal.open(chunk, self.job.content_of(chunk), part.attempt if part else "")
         return ClaimedChunk(chunk, journal, lambda: self.claims.confirm(chunk.id), part)
 

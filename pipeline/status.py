@@ -41,6 +41,7 @@ def status(settings: RunConfig, since: float | None, console: Console) -> ExitCo
     if job.manifest is None:
         console.result(f"{job.output.shown()}: not begun, {job.num_rows:,} rows to do")
         return ExitCode.NOT_DONE
+    more = job.keep_to_registered()
     pending = {chunk.id for chunk in job.pending()}
     done = [chunk for chunk in job.chunks if chunk.id not in pending]
     with job.output.claims() as claims:
@@ -52,6 +53,8 @@ def status(settings: RunConfig, since: float | None, console: Console) -> ExitCo
     said = [f"{rows:,} of {job.num_rows:,} rows done", f"{errors:,} errors"]
     said += [] if since is None else [f"{_rows_since(job, since):,} rows new"]
     said += [f"{len(pending):,} of {len(job.chunks):,} chunks left, {held:,} of them in work"] if pending else []
+    said += [] if more is None else [more]
+    said += job.source.left
     console.result(f"{job.output.shown()}: {', '.join(said)}")
     if not job.is_answered():
         return ExitCode.NOT_DONE

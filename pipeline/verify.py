@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from pipeline.versions import numbers_of, open_job, version_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline.data.source import Source
+    from pipeline.data.source import FoundFile, Source
     from pipeline.output.manifest import RunManifest
     from pipeline.output.store import Store
 
@@ -169,6 +169,7 @@ def _compare_input(
     except ConfigError as error:
         report.notes.append(f"the input was not compared: {error}")
         return
+    report.notes += [*_came_since(manifest, found, source), *source.left]
     for file in manifest.files:
         now = found.get(file.name)
         if now is None:
@@ -181,9 +182,26 @@ def _compare_input(
                 sizes = f"{now.size} bytes, then {file.size}"
                 report.problems.append(f"{now.path} is not the file that was registered ({sizes}): {counted}")
                 continue
-            report.notes.append(f"{now.path} has {counted.rows - file.rows:,} more rows than are registered")
+            added = f"has {counted.rows - file.rows:,} more rows than are registered"
+            report.notes.append(f"{now.path} {added}; the next run takes them")
         mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
         report.problems += _compare_rows(output, manifest, source, file, mine)
+
+
+def _came_since(manifest: RunManifest, found: Mapping[str, FoundFile], source: Source) -> Iterator[str]:
+    """New files, which are nothing wrong; those beyond `data.limit` are not wanted."""
+    known = {file.name for file in manifest.files}
+    new = [file for name, file in found.items() if name not in known]
+    limit = manifest.fingerprint.get("data.limit")
+    if not new or (limit is not None and sum(file.rows for file in manifest.files) >= limit):
+        return
+    shown = f"{new[0].path} and {len(new) - 1:,} more files" if len(new) > 1 else new[0].path
+    try:
+        rows = sum(source.count(file).rows for file in new)
+    except ConfigError as error:
+        yield f"{shown} came since, and cannot be read yet ({error})"
+    else:
+        yield f"{shown} came since, with {rows:,} rows; the next run takes them"
 
 
 def _compare_rows(

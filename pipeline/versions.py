@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.errors import OutputDiffers, RunFailed
+from pipeline.errors import OutputDiffers, Overtaken, RunFailed
 from pipeline.job import Job
 from pipeline.output import manifest as manifests
 from pipeline.output.durable import failing_run
@@ -49,6 +49,8 @@ def with_job(config: RunConfig, body: Callable[[Job], T]) -> T:
         job = open_job(config, resolved)
         try:
             return body(job)
+        except Overtaken:
+            continue
         except OutputDiffers:
             if config.output.on_change != "new":
                 raise

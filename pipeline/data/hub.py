@@ -62,6 +62,7 @@ class HubSource:
         self._storage_options = storage_options or {}
         self._asked = asked or HubAsked()
         self._schema: pa.Schema | None = None
+        self.left: Sequence[str] = ()
         self._saved: dict[str, _Saved] = {}
 
     def find(self) -> list[FoundFile]:

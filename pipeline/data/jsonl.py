@@ -42,12 +42,16 @@ class JsonlSource:
         self._columns = checked_columns(columns)
         self._storage_options = storage_options or {}
         self._schema: pa.Schema | None = None
+        self.left: Sequence[str] = ()
         self._files: dict[str, Located] = {}
         self._indexes: dict[str, LineIndex] = {}
 
     def find(self) -> list[FoundFile]:
         """All files sorted by name, from their sizes, first and last 64 KiB; rows are not counted."""
         located = locate(self._path, JSONL, self._storage_options)
+        sizes = {path: file.size for path, file in self._files.items()}
+        self._indexes = {file.path: self._indexes[file.path] for file in located if file.path in self._indexes
+                         and sizes.get(file.path) == file.size}  # fmt: skip
         self._files = {file.path: file for file in located}
         return [
             FoundFile(name=file.name, path=file.path, size=file.size, rows=None, digest=digest)
@@ -69,9 +73,9 @@ class JsonlSource:
             counted, before = self._count(found, mark=file.size)
             if file.content and before != file.content:
                 return f"its first {file.size:,} bytes are others than they were"
-            if file.rows and self._last_row(file, file.size) != self._last_row(file, found.size):
-                return "its last line had no end and has been continued; append whole lines"
-        return counted
+            if counted.rows >= file.rows and (file.unfinished or self._last_row_stays(file, found.size)):
+                return counted
+        return "its last line had no end and has been continued; append whole lines"
 
     def fix_schema(self, schema: pa.Schema) -> None:
         """Take the schema of the run's first start in place of looking at rows."""
@@ -118,7 +122,11 @@ class JsonlSource:
         with LineReader(lambda: hashed, compression_of(located.inner), index) as reader:
             rows = reader.count()
             content, before = hashed.digests()
-        return Counted(rows=rows, content=content), before
+            return Counted(rows=rows, content=content, unfinished=_is_unfinished(reader.unended)), before
+
+    def _last_row_stays(self, file: SourceFile, size: int) -> bool:
+        """Whether the last registered row is the same in so many bytes of the file."""
+        return not file.rows or self._last_row(file, file.size) == self._last_row(file, size)
 
     def _last_row(self, file: SourceFile, size: int) -> tuple[int, bytes]:
         """The last registered row as it is in so many bytes of the file: the length of its line, and the line."""
@@ -198,3 +206,14 @@ class JsonlSource:
                 f"{file.size}); restore it, or start another output.dir"
             )
         return now
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether a line without end is more than white space and no object yet; a whole object cannot be continued."""
+    if not line.strip():
+        return isinstance(line, LongLine) and bool(line)
+    try:
+        parse_object(line)
+    except Unfit:
+        return True
+    return False

@@ -75,6 +75,8 @@ class LineReader:
         self._compression = compression
         self._index = index
         self._file: Stream | None = None
+        self.unended = b""
+        """The line at the end of the file that has no line end, once it has been read."""
         self._enter(index.before(0))
 
     def __enter__(self) -> LineReader:
@@ -156,7 +158,8 @@ class LineReader:
             if not self._rest.length:
                 return None
             self._offset = self._next.offset + self._rest.length
-            return [self._without_bom(self._rest.take())]
+            self.unended = self._without_bom(self._rest.take())
+            return [self.unended]
         lines = block.split(b"\n")
         if len(lines) == 1:
             self._rest.add(block)

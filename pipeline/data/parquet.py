@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.files import FileKind, Located, first_line, locate, reaching
 from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
-from pipeline.data.parquet_footer import read_footers
+from pipeline.data.parquet_footer import is_being_written, read_footers
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
 from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
 from pipeline.errors import ConfigError, RunFailed
@@ -45,6 +46,7 @@ class ParquetSource:
         self._storage_options = storage_options or {}
         self._schema: pa.Schema | None = None
         self._fixed = False
+        self.left: Sequence[str] = ()
         self._files: dict[str, Located] = {}
 
     def find(self) -> list[FoundFile]:
@@ -52,9 +54,9 @@ class ParquetSource:
 
         Raises ConfigError for a missing path, a folder or glob without files, a file that is not a
         whole Parquet file, unknown `columns`, and files whose schemas differ from each other or from
-        that of the run's first start.
+        that of the run's first start. Once there was one, a file that is being written is `left` for later.
         """
-        files = locate(self._path, PARQUET, self._storage_options)
+        files = self._without_unfinished(locate(self._path, PARQUET, self._storage_options))
         keys = [partition_keys(file.inner) for file in files]
         partitions = self._partitions(keys)
         found: list[FoundFile] = []
@@ -115,6 +117,13 @@ class ParquetSource:
                 batches = rows.take(chunk.first_row, chunk.num_rows) if own else []
                 located.require_unchanged()
                 yield Rows(_as_table(batches, chunk.num_rows, constants, schema))
+
+    def _without_unfinished(self, files: list[Located]) -> list[Located]:
+        """The files, after the run's first start without those that somebody is still writing."""
+        now = time.time()
+        writing = [file for file in files if self._fixed and is_being_written(file, now)]
+        self.left = [f"{file.path} has no Parquet footer yet, and is left for the next run" for file in writing]
+        return [file for file in files if file not in writing] if writing else files
 
     def _partitions(self, keys: Sequence[Keys]) -> pa.Schema:
         """Types of the partition keys: those of the run's first start, else what the folders say."""

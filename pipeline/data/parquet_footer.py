@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.files import Located, first_line, read_ranges
+from pipeline.data.files import Located, first_line, reaching, read_ranges
 from pipeline.errors import ConfigError
 
+WRITING_S = 600.0
+"""So many seconds after it was last written to, a file without footer is taken for one that is being written."""
 _MAGIC = b"PAR1"
 _ENCRYPTED_MAGIC = b"PARE"
 _LENGTH_BYTES = 8  # footer length (4 bytes, little endian) and magic
@@ -36,6 +38,19 @@ def read_footers(files: Sequence[Located], columns: Sequence[str] | None) -> lis
     """
     tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
     return [_parse(file, tail, columns) for file, tail in zip(files, tails, strict=True)]
+
+
+def is_being_written(file: Located, now: float) -> bool:
+    """Whether a local file begins as Parquet, has no footer yet and was written to not long before `now`.
+
+    In an object store a file appears whole, so one without a footer has been cut.
+    """
+    if file.mtime_ns is None or now - file.mtime_ns / 1e9 > WRITING_S:
+        return False
+    with reaching(file.path):
+        head = file.read_range(0, min(file.size, len(_MAGIC)))
+        tail = file.read_range(max(0, file.size - _TAIL_BYTES), file.size)
+    return _MAGIC.startswith(head) and _footer_bytes(file, tail) is None
 
 
 def _parse(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
@@ -82,7 +97,8 @@ def _footer_bytes(file: Located, tail: bytes) -> bytes | None:
 def _not_parquet(file: Located) -> ConfigError:
     if read_ranges([file], [(0, len(_MAGIC))])[0] == _MAGIC:
         return ConfigError(
-            f"data.path {file.path} is a truncated Parquet file ({file.size} bytes, no footer); replace the file"
+            f"data.path {file.path} is a truncated Parquet file ({file.size} bytes, no footer); replace the file, or "
+            "wait if it is still being written"
         )
     return ConfigError(
         f"data.path {file.path} is not a Parquet file ({file.size} bytes); convert it, leave it out of the path, or "

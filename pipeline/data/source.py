@@ -31,18 +31,23 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """The rows of a file, and, where rows can be appended to it, a hash of all its bytes (else empty)."""
+    """The rows of a file, and, where rows can be appended to it, a hash of all its bytes (else empty).
+
+    `unfinished` says that the last row has no end and cannot be read, as where a line is half-written.
+    """
 
     rows: int
     content: str = ""
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
     """A registered file: a FoundFile with its rows counted and its ordinal, the position of its registration.
 
-    `content` is the hash in Counted. `ends` are the numbers of rows that it had before it was appended to, each time:
-    chunks begin there anew, so that those before stay what they were.
+    `content` and `unfinished` are those of Counted. `ends` are the numbers of rows that it had before it was appended
+    to, each time: chunks begin there anew, so that those before stay what they were. An unfinished row is a chunk of
+    its own, which alone has to be done again when the row is continued.
     """
 
     ordinal: int
@@ -53,6 +58,7 @@ class SourceFile:
     digest: str
     content: str = ""
     ends: tuple[int, ...] = ()
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -87,6 +93,9 @@ class Rows:
 class Source(Protocol):
     """An ordered, re-readable dataset."""
 
+    left: Sequence[str]
+    """A sentence for each file that `find` has left for a later run, because it is still being written."""
+
     def find(self) -> Sequence[FoundFile]:
         """The files as they are now, without reading their rows; ConfigError where there are none."""
         ...
@@ -98,7 +107,7 @@ class Source(Protocol):
     def grown(self, file: SourceFile, found: FoundFile) -> Counted | str:
         """The rows of a registered file that is found otherwise, if it was appended to and all before is as it was.
 
-        The reason where that is not so. May read the file whole.
+        An unfinished row may have been continued. The reason where that is not so. May read the file whole.
         """
         ...
 
@@ -119,8 +128,19 @@ def registered(ordinal: int, found: FoundFile, count: Callable[[FoundFile], Coun
     """A file as it is registered; its rows are counted where finding it did not tell them."""
     counted = Counted(rows=found.rows) if found.rows is not None else count(found)
     return SourceFile(
-        ordinal=ordinal, name=found.name, path=found.path, size=found.size, digest=found.digest, **asdict(counted)
+        ordinal=ordinal,
+        name=found.name,
+        path=found.path,
+        size=found.size,
+        digest=found.digest,
+        ends=(counted.rows - 1,) if counted.unfinished and counted.rows > 1 else (),
+        **asdict(counted),
     )
+
+
+def unfinished_chunk(file: SourceFile) -> Chunk | None:
+    """The chunk of a file's last row, if that has to be done again when it is continued."""
+    return Chunk(file_ordinal=file.ordinal, first_row=file.rows - 1, num_rows=1) if file.unfinished else None
 
 
 def chunks_of(file: SourceFile, chunk_rows: int) -> list[Chunk]:

@@ -47,6 +47,7 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
         crew = Crew(_workers(config, arguments), console)
         codes = crew.work(job, stopping)
         after = open_job(config)  # by now there is a run.json
+        after.keep_to_registered()
         if ExitCode.DONE not in codes:  # else somebody has seen all of them done again; errors may have come again
             look_for_errors(after)
         same = after.version == job.version  # or the workers' device asked for another one

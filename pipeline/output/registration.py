@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered
+from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered, unfinished_chunk
 from pipeline.errors import OutputDiffers
 
 if TYPE_CHECKING:
@@ -49,6 +49,43 @@ def register(
     return (*known, *(registered(first + index, file, count) for index, file in enumerate(new)))
 
 
+def as_registered(
+    manifest: RunManifest, found: Sequence[FoundFile], committed: AbstractSet[str]
+) -> tuple[SourceFile, ...]:
+    """The manifest's files as they are there, with their present paths; what came since is left aside.
+
+    Raises ConfigError for one that is gone before all of it was done.
+    """
+    by_name = {file.name: file.path for file in found}
+    return tuple(
+        replace(file, path=by_name[file.name]) if file.name in by_name else _gone(file, manifest, committed)
+        for file in manifest.files
+    )
+
+
+def continued(before: Sequence[SourceFile], now: Sequence[SourceFile]) -> dict[str, SourceFile]:
+    """The chunks, by id, whose one row was unfinished and has been continued since, with the files as they were."""
+    sizes = {file.ordinal: file.size for file in now}
+    chunks = ((unfinished_chunk(file), file) for file in before)
+    return {c.id: file for c, file in chunks if c is not None and sizes.get(file.ordinal, file.size) != file.size}
+
+
+def more_in(now: Sequence[SourceFile], before: Sequence[SourceFile]) -> str | None:
+    """What there is beside the files that were registered, for a sentence; None if there is nothing."""
+    known = {file.ordinal: file for file in before}
+    new = [file for file in now if file.ordinal not in known]
+    grown = [file for file in now if file.ordinal in known and file.size != known[file.ordinal].size]
+    rows = sum(file.rows for file in new) + sum(file.rows - known[file.ordinal].rows for file in grown)
+    if not new and not grown:
+        return None
+    kinds = [f"{_count(len(new), 'new file')}"] * bool(new) + [f"{_count(len(grown), 'file')} that grew"] * bool(grown)
+    return f"{_count(rows, 'row')} in {' and '.join(kinds)} came since; the next run takes them"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _gone(file: SourceFile, manifest: RunManifest, committed: AbstractSet[str]) -> SourceFile:
     """A registered file that is not there any more and need not be."""
     if all(chunk.id in committed for chunk in chunks_of(file, manifest.chunk_rows)):
@@ -72,14 +109,18 @@ def _grown(file: SourceFile, found: FoundFile, counted: Counted | str, room: int
             "output.on_change=new for a version beside it",
             f"{file.name} has changed: {counted}",
         )
-    added = counted.rows - file.rows if room is None else min(counted.rows - file.rows, room)
+    more = counted.rows - file.rows
+    added = more if room is None else min(more, room)
+    rows, unfinished = file.rows + added, counted.unfinished and added == more
+    ends = {*file.ends, *([file.rows] if added else []), *([rows - 1] if unfinished and rows > 1 else [])}
     return SourceFile(
         ordinal=file.ordinal,
         name=file.name,
         path=found.path,
         size=found.size,
-        rows=file.rows + added,
+        rows=rows,
         digest=found.digest,
         content=counted.content,
-        ends=(*file.ends, file.rows) if added else file.ends,
+        ends=tuple(sorted(ends)),
+        unfinished=unfinished,
     )

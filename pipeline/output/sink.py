@@ -62,7 +62,7 @@ class Sink:
         attempt: str,
         compression: str = "zstd",
         row_group_rows: int | None = None,
-        before_publish: Callable[[], None] | None = None,
+        before_publish: Callable[[], object] | None = None,
     ) -> None:
         """Make the folders; ConfigError where that is impossible. `row_group_rows` None: one row group a Part.
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 import resource
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from echo import run_echo
-from harness import TINY, call, environment, nothing_left_over, parts, rows, run_cli, run_json, stats
+from harness import TINY, call, environment, nothing_left_over, parts, rows, run_cli, run_json, stats, write
 
-from pipeline import verify
+from pipeline import merge, status, verify
 from pipeline.config import load_config
+from pipeline.errors import Overtaken
 from pipeline.job import Job
 from pipeline.output import manifest as manifests
 from pipeline.output.local import LocalStore
+from pipeline.shift import Shift
+from pipeline.versions import with_job
 
 
 def args(data: Path, out: Path, *more: str) -> list[str]:
@@ -85,13 +91,224 @@ def test_a_line_that_is_continued_and_one_that_is_ended(tmp_path: Path, monkeypa
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert [row["prompt"] for row in rows(out)] == ["one", "two", "three", None]
     before = {part.name: part.read_bytes() for part in parts(out)}
-    append(inbox / "a.jsonl", b'ur"}\n')
+    assert [name[-10:-8] for name in before] == ["00", "02", "03"], "the half-written row is a chunk of its own"
+    append(inbox / "a.jsonl", b"u")
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert '{"prompt": "fou' in rows(out)[3]["error"] and run_json(out)["summary"]["error_rows"] == 1
+    append(inbox / "a.jsonl", b'r"}\n')
+    assert "1 file that grew came since; the next run" in call(status.main, *echoed(inbox, out)).done().out
+    assert call(verify.main, str(out)).done().out.endswith("4 rows in 3 of 3 parts, nothing wrong\n")
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert [row["prompt"] for row in rows(out)] == ["one", "two", "three", "four"]
+    assert run_json(out)["summary"]["error_rows"] == 0
+    after = {part.name: part.read_bytes() for part in parts(out)}
+    assert [name for name in after if after[name] != before[name]] == ["part-000000-000000000003.parquet"]
+    assert nothing_left_over(out)
+    assert call(verify.main, str(out)).done().out.endswith("4 rows in 3 of 3 parts, nothing wrong\n")
+
+
+def test_a_whole_last_row_that_is_continued_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", line("one").strip())
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    append(inbox / "a.jsonl", b" and more\n")
     refusal = run_echo(monkeypatch, *args(inbox, out)).refusal()
     assert f"data.path {inbox / 'a.jsonl'} has changed since it was registered" in refusal
     assert "its last line had no end and has been continued; append whole lines" in refusal
-    assert {part.name: part.read_bytes() for part in parts(out)} == before
     found = call(verify.main, str(out))
     assert found.code == 1 and "a.jsonl is not the file that was registered" in found.out
+
+
+def half_written(inbox: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose last row is half a line, which is continued behind it."""
+    append(inbox / "a.jsonl", *map(line, words(0, 3)), b'{"prompt": ')
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    append(inbox / "a.jsonl", b'"a 3"}\n', *map(line, words(4, 6)))
+
+
+def test_killed_when_the_row_that_is_continued_was_just_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    half_written(inbox, out, monkeypatch)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "replace", full)
+        assert run_echo(patch, *args(inbox, out)).code == 1
+    assert len(parts(out)) == 1 and len(run_json(out)["files"][0]["ends"]) == 1
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert prompts(out, 0) == words(0, 6)
+    assert nothing_left_over(out)
+
+
+def test_a_row_that_another_process_has_in_hand_is_continued_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    half_written(inbox, out, monkeypatch)
+    with LocalStore(out).claims() as other:
+        assert other.try_claim("000000-000000000003")
+        run_echo(monkeypatch, *args(inbox, out)).done()
+        assert prompts(out, 0) == [*words(0, 3), None]
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert prompts(out, 0) == words(0, 6)
+
+
+def echoed(inbox: Path, out: Path, *more: str) -> list[str]:
+    """The command line that `run_echo` makes of these."""
+    return [*args(inbox, out), "sampling.logprobs=true", *more]
+
+
+def register(inbox: Path, out: Path) -> None:
+    """Do what another process does that has just started."""
+    job = Job(load_config(echoed(inbox, out)))
+    resolved = {k: v for k, v in run_json(out)["fingerprint"].items() if k.startswith("resolved.")}
+    with job.output.claims() as claims:
+        job.start(claims, resolved, {}, {})
+
+
+def at_work(patch: pytest.MonkeyPatch, *events: Callable[[], object]) -> None:
+    """Let things happen while a run is at work, one at each look for its first answers."""
+    poll, waiting = Shift._poll, list(events)
+
+    def polled(self: Shift, outlet: Any) -> int:
+        if waiting:
+            waiting.pop(0)()
+        return poll(self, outlet)
+
+    patch.setattr(Shift, "_poll", polled)
+
+
+def test_what_comes_while_a_run_is_at_work_is_the_next_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the finish job, which looks at the folder again, finds nothing wrong and nothing missing."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "b.jsonl", *map(line, words(0, 6, "b")), b'{"prompt": "half')
+
+    def grow() -> None:
+        append(inbox / "b.jsonl", b' a line"}\n', line("more"))
+        append(inbox / "a.jsonl", *map(line, words(0, 3)))
+
+    with monkeypatch.context() as patch:
+        at_work(patch, grow)
+        run_echo(patch, *args(inbox, out)).done()
+    assert prompts(out, 0) == [*words(0, 6, "b"), None] and not prompts(out, 1)
+    line_of_status = call(status.main, *echoed(inbox, out)).done().out
+    assert (
+        "7 of 7 rows done, 1 errors, 4 rows in 1 new file and 1 file that grew came since; the next" in line_of_status
+    )
+    verified = call(verify.main, str(out)).done().out
+    assert f"note: {inbox / 'a.jsonl'} came since, with 3 rows; the next run takes them" in verified
+    assert f"note: {inbox / 'b.jsonl'} has 1 more rows than are registered; the next run takes them" in verified
+    call(merge.main, *echoed(inbox, out), "--rows=100").done()
+    assert [len(pq.read_table(path)) for path in (out / "merged").iterdir()] == [7]
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert sum(one["rows"] for one in stats(out)[1:]) == 5, "the new rows, and the one that was half-written"
+    assert prompts(out, 0) == [*words(0, 6, "b"), "half a line", "more"] and prompts(out, 1) == words(0, 3)
+    assert nothing_left_over(out)
+
+
+def test_a_run_at_work_takes_what_a_later_task_has_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of an array that start at different times end with the same done; here the later one dies at once."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "b.jsonl", *map(line, words(0, 6, "b")), b'{"prompt": "half')
+
+    def grow() -> None:
+        append(inbox / "b.jsonl", b' a line"}\n', line("more"))
+        append(inbox / "a.jsonl", *map(line, words(0, 3)))
+        register(inbox, out)
+
+    def grow_again() -> None:
+        append(inbox / "c.jsonl", *map(line, words(0, 2, "c")))
+        register(inbox, out)
+        append(inbox / "d.jsonl", line("for the next run"))
+
+    with monkeypatch.context() as patch:
+        at_work(patch, grow, grow_again)
+        run_echo(patch, *args(inbox, out)).done()
+    assert prompts(out, 0) == [*words(0, 6, "b"), "half a line", "more"]
+    assert (prompts(out, 1), prompts(out, 2), prompts(out, 3)) == (words(0, 3), words(0, 2, "c"), [])
+    assert run_json(out)["summary"]["rows"] == 13
+    assert nothing_left_over(out)
+
+
+def test_what_a_later_task_has_registered_and_this_one_cannot_read_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "b.jsonl", *map(line, words(0, 6, "b")))
+
+    def come_and_go() -> None:
+        append(inbox / "a.jsonl", line("gone"))
+        register(inbox, out)
+        (inbox / "a.jsonl").unlink()
+
+    with monkeypatch.context() as patch:
+        at_work(patch, come_and_go)
+        ended = run_echo(patch, *args(inbox, out))
+    assert ended.code == 75
+    assert "registered more input, which this one cannot take: data.path has no a.jsonl any more" in ended.err
+    assert prompts(out, 0) == words(0, 6, "b")
+
+
+def test_tasks_that_first_saw_different_folders(tmp_path: Path) -> None:
+    """One began with less than the other: with a file less, and with a key less in the schema made of it."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", line("one"))
+    early = Job(load_config(args(inbox, out)))
+    append(inbox / "b.jsonl", b'{"prompt": "two", "more": 1}\n')
+    late = Job(load_config(args(inbox, out)))
+    with late.output.claims() as claims:
+        late.start(claims, {}, {}, {})
+    with early.output.claims() as claims, pytest.raises(Overtaken):
+        early.start(claims, {}, {}, {})
+    seen = []
+
+    def body(job: Job) -> None:
+        seen.append(job.manifest is not None)
+        if len(seen) == 1:
+            raise Overtaken
+
+    with_job(load_config(args(inbox, out)), body)
+    assert seen == [True, True]
+
+
+def test_a_task_that_saw_a_file_less_than_is_registered_looks_again(tmp_path: Path) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", line("one"))
+    early = Job(load_config(args(inbox, out)))
+    append(inbox / "b.jsonl", line("two"))
+    late = Job(load_config(args(inbox, out)))
+    for job in (late, early):
+        with job.output.claims() as claims:
+            job.start(claims, {}, {}, {})
+        assert [file.name for file in job.files] == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_parquet_file_that_is_being_written_is_left_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    write(inbox / "b.parquet", {"prompt": words(0, 3, "b")})
+    command = [argument for argument in args(inbox, out) if argument != "data=jsonl"]
+    run_echo(monkeypatch, *command).done()
+    whole = write(tmp_path / "a.parquet", {"prompt": words(0, 2)}).read_bytes()
+    for size in (0, 2, len(whole) // 2, len(whole) - 1):
+        (inbox / "a.parquet").write_bytes(whole[:size])
+        sentence = f"{inbox / 'a.parquet'} has no Parquet footer yet, and is left for the next run"
+        assert sentence in run_echo(monkeypatch, *command).done().err
+        assert sentence in call(status.main, *command, "sampling.logprobs=true").done().out
+        assert sentence in call(verify.main, str(out)).done().out
+    os.utime(inbox / "a.parquet", (0, time.time() - 700))
+    assert "is a truncated Parquet file" in run_echo(monkeypatch, *command).refusal()
+    (inbox / "a.parquet").write_bytes(b"no Parquet at all")
+    assert "is not a Parquet file" in run_echo(monkeypatch, *command).refusal()
+    (inbox / "a.parquet").write_bytes(whole)
+    run_echo(monkeypatch, *command).done()
+    assert [one["rows"] for one in stats(out)] == [3, 2]
+    assert prompts(out, 1) == words(0, 2)
 
 
 def test_what_was_not_finished_before_a_file_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
