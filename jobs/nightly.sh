@@ -20,7 +20,7 @@ fi
 
 "$python" -m pipeline launcher.lock=true "$@" >>"$log" 2>&1
 code=$?
-"$python" -m pipeline.status --since "$begun" "$@" 2>&1 | sed "s/^/nightly (exit code $code): /"
+"$python" -m pipeline.status --registered --since "$begun" "$@" 2>&1 | sed "s/^/nightly (exit code $code): /"
 
 if [ -n "$folder" ]; then
     logs=("$folder"/nightly-*.log)

@@ -1,7 +1,8 @@
 """`python -m pipeline.merge [overrides] --rows N [--to FOLDER]`: the Parts of a finished run as fewer, larger files.
 
 Takes the command line of the run. The files hold the same rows in the same order, N in each; they go to merged/ in
-the output folder, beside the Parts, which stay what the run knows itself by. A merge made before is replaced.
+the output folder, beside the Parts, which stay what the run knows itself by. A merge made before is replaced. With new
+input there are rows to do, and nothing is merged, unless `--registered` leaves that aside.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, required=True, help="rows in a file")
     parser.add_argument("--to", type=Path, help="folder of the files")
+    parser.add_argument("--registered", action="store_true", help="leave aside what came since the run looked")
     parser.add_argument("overrides", nargs="*", help="as for python -m pipeline")
     asked = parser.parse_args(arguments)
-    return guarded(lambda console, _: merge(config.load_config(asked.overrides), asked.rows, asked.to, console))
+    return guarded(
+        lambda console, _: merge(config.load_config(asked.overrides), asked.rows, asked.to, console, asked.registered)
+    )
 
 
-def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console) -> ExitCode:
+def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console, registered: bool = False) -> ExitCode:
     """Write the files; ConfigError where they cannot go, RunFailed when writing fails, 75 when rows are missing."""
     if file_rows < 1:
         raise ConfigError(f"--rows must be at least 1, got {file_rows}")
@@ -53,9 +57,8 @@ def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console
     target = _target(job, to)
     if target.exists() and any(not path.name.startswith("merged-") for path in target.iterdir()):
         raise ConfigError(f"--to {target} holds other files than an earlier merge; name another folder")
-    more = job.keep_to_registered()
-    if more is not None:
-        console.note(f"{job.output.shown()}: {more}")
+    if registered:
+        job.keep_to_registered()
     if not job.is_answered():
         console.note(f"{job.output.shown()}: not all rows are done, nothing was merged")
         return ExitCode.NOT_DONE

@@ -1,6 +1,8 @@
-"""`python -m pipeline.status [overrides] [--since T]`: what is done of a run, checked, in one line for a log or a mail.
+"""`python -m pipeline.status [overrides] [--since T] [--registered]`: what is done of a run, checked, in one line.
 
 Takes the command line of the run; `--since` (seconds since 1970) adds how many rows were answered after that time.
+New input counts as rows to do. With `--registered` it is only said: the rows are those of the files that the run had
+found when it, or a task of it, was last started.
 Computes nothing and reads no weights. Exit codes are those of the run: 0 all rows done, 3 with too many errors,
 75 not done, 1 a damaged or foreign Part.
 """
@@ -30,18 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pipeline.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--since", type=float, help="seconds since 1970")
+    parser.add_argument("--registered", action="store_true", help="leave aside what came since the run looked")
     parser.add_argument("overrides", nargs="*", help="as for python -m pipeline")
     asked = parser.parse_args(arguments)
-    return guarded(lambda console, _: status(config.load_config(asked.overrides), asked.since, console))
+    return guarded(
+        lambda console, _: status(config.load_config(asked.overrides), asked.since, console, asked.registered)
+    )
 
 
-def status(settings: RunConfig, since: float | None, console: Console) -> ExitCode:
+def status(settings: RunConfig, since: float | None, console: Console, registered: bool = False) -> ExitCode:
     """Print the line; raises ConfigError where the output does not fit the command line, RunFailed on a bad Part."""
     job = open_job(settings)
     if job.manifest is None:
         console.result(f"{job.output.shown()}: not begun, {job.num_rows:,} rows to do")
         return ExitCode.NOT_DONE
-    more = job.keep_to_registered()
+    more = job.keep_to_registered() if registered else None
     pending = {chunk.id for chunk in job.pending()}
     done = [chunk for chunk in job.chunks if chunk.id not in pending]
     with job.output.claims() as claims:

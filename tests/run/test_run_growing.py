@@ -96,7 +96,9 @@ def test_a_line_that_is_continued_and_one_that_is_ended(tmp_path: Path, monkeypa
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert '{"prompt": "fou' in rows(out)[3]["error"] and run_json(out)["summary"]["error_rows"] == 1
     append(inbox / "a.jsonl", b'r"}\n')
-    assert "1 file that grew came since; the next run" in call(status.main, *echoed(inbox, out)).done().out
+    assert (
+        "1 file that grew came since; the next run" in call(status.main, *echoed(inbox, out), "--registered").done().out
+    )
     assert call(verify.main, str(out)).done().out.endswith("4 rows in 3 of 3 parts, nothing wrong\n")
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert [row["prompt"] for row in rows(out)] == ["one", "two", "three", "four"]
@@ -195,14 +197,16 @@ def test_what_comes_while_a_run_is_at_work_is_the_next_one_s(tmp_path: Path, mon
         at_work(patch, grow)
         run_echo(patch, *args(inbox, out)).done()
     assert prompts(out, 0) == [*words(0, 6, "b"), None] and not prompts(out, 1)
-    line_of_status = call(status.main, *echoed(inbox, out)).done().out
+    assert "6 of 11 rows done, 0 errors, 3 of 5 chunks left" in call(status.main, *echoed(inbox, out)).out
+    line_of_status = call(status.main, *echoed(inbox, out), "--registered").done().out
     assert (
         "7 of 7 rows done, 1 errors, 4 rows in 1 new file and 1 file that grew came since; the next" in line_of_status
     )
     verified = call(verify.main, str(out)).done().out
     assert f"note: {inbox / 'a.jsonl'} came since, with 3 rows; the next run takes them" in verified
     assert f"note: {inbox / 'b.jsonl'} has 1 more rows than are registered; the next run takes them" in verified
-    call(merge.main, *echoed(inbox, out), "--rows=100").done()
+    assert call(merge.main, *echoed(inbox, out), "--rows=100").code == 75
+    call(merge.main, *echoed(inbox, out), "--rows=100", "--registered").done()
     assert [len(pq.read_table(path)) for path in (out / "merged").iterdir()] == [7]
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert sum(one["rows"] for one in stats(out)[1:]) == 5, "the new rows, and the one that was half-written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
-from harness import REPOSITORY, Ended, environment, nothing_left_over, parts, stats, write
+from harness import REPOSITORY, TICKETS, Ended, environment, nothing_left_over, parts, stats, write
 from lab import CHUNK_ROWS, SlurmLab, run_args
 
 pytestmark = pytest.mark.slow
@@ -233,6 +235,62 @@ def test_a_scheduled_job_labels_what_is_new(cluster: Cluster) -> None:
     assert [match.groups() for match in new if match] == [("3", "3"), ("3", "0"), ("6", "3")]
     answered = duckdb.sql(f"select ticket from '{cluster.out}/results/*.parquet' order by row_id").fetchall()
     assert [ticket for (ticket,) in answered] == [f"{text} {name}" for name in "ba" for text in texts]
+
+
+def test_a_dataset_that_grows_during_an_array(cluster: Cluster) -> None:
+    """Lines and a file come while tasks work, and a half-written line gets its end; one task is put back and sees
+    them, and all of them finish what it registers. A file that comes then is said, and is the next submission's."""
+    lab, inbox, texts = cluster.lab, cluster.folder / "inbox", tickets()
+    cluster.args += [
+        "data=jsonl", f"data.path={inbox}", "data.chunk_rows=20", "task.prompt_file=null",
+        "task.prompt='{{ ticket }}'", "task.truth=null",
+    ]  # fmt: skip
+    half = line(texts[800])[:20]
+    append(inbox / "b.jsonl", *map(line, texts[:800]), half)
+    array = cluster.sbatch("label_array.sbatch", "--array=0-2")
+    cluster.until_parts(1)
+    append(inbox / "b.jsonl", line(texts[800])[20:], *map(line, texts[801:820]))
+    append(inbox / "a.jsonl", *map(line, texts[820:860]))
+    assert len(parts(cluster.out)) < 41, "the tasks were too quick for what comes"
+    lab.run("scancel", "--signal=USR1", f"{array}_1")
+    lab.until(lambda: restarts(lab, f"{array}_1") == 1, f"was not put back in the queue: {cluster.log()}")
+    lab.wait(array, seconds=300)
+    append(inbox / "c.jsonl", *map(line, texts[860:870]))
+    ended = f"{cluster.out}: 860 rows in 44 of 44 parts, nothing wrong"
+    assert cluster.finished(array) == f"COMPLETED {ended}", cluster.log()
+    assert set(lab.states(array).values()) == {"COMPLETED"}
+    assert "860 of 860 rows done, 0 errors, 10 rows in 1 new file came since; the next run takes them" in cluster.log()
+    assert f"note: {inbox / 'c.jsonl'} came since, with 10 rows; the next run takes them" in cluster.log()
+    before = {part.name: part.read_bytes() for part in parts(cluster.out)}
+    answered = sum(one["rows"] for one in stats(cluster.out))
+    assert answered in (860, 861), "the half-written line may have been answered before it had its end"
+    again = cluster.sbatch("label_array.sbatch", "--array=0-1")
+    assert cluster.finished(again) == f"COMPLETED {cluster.out}: 870 rows in 45 of 45 parts, nothing wrong"
+    assert sum(one["rows"] for one in stats(cluster.out)) == answered + 10
+    after = {part.name: part.read_bytes() for part in parts(cluster.out)}
+    assert {name: after[name] for name in before} == before
+    one = cluster.folder / "one"
+    cluster.python("pipeline", *[f"output.dir={one}" if a.startswith("output.dir") else a for a in cluster.args]).done()
+    both = [f"(select * exclude row_id from '{out}/results/*.parquet')" for out in (cluster.out, one)]
+    assert duckdb.sql(f"select count(*) from {both[0]} where error is null").fetchall() == [(870,)]
+    for this, other in (both, both[::-1]):
+        assert duckdb.sql(f"(from {this}) except all (from {other})").fetchall() == []
+    assert nothing_left_over(cluster.out)
+
+
+def tickets() -> list[str]:
+    texts: list[str] = pq.read_table(TICKETS)["ticket"].to_pylist()
+    return texts
+
+
+def line(ticket: str) -> bytes:
+    return json.dumps({"ticket": ticket}).encode() + b"\n"
+
+
+def append(path: Path, *content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("ab") as file:
+        file.write(b"".join(content))
 
 
 def quote(text: str) -> str:
