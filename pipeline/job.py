@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,7 +26,8 @@ from pipeline.output.journal import Journal
 from pipeline.output.journal import sweep as sweep_journal
 from pipeline.output.manifest import RunManifest
 from pipeline.output.open import open_store
-from pipeline.output.registration import as_registered, continued, more_in, register
+from pipeline.output.part import read_footer
+from pipeline.output.registration import as_registered, continued, more_in, redo_of, register, with_redo
 from pipeline.output.schema import results_schema
 from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
 from pipeline.output.store import JOURNAL, RUN_JSON, Store
@@ -78,7 +79,8 @@ class Job:
         )
         self.manifest: RunManifest | None = None
         self.failed: dict[str, str] = {}
-        """Chunks whose Part has errors that are to be done again, and the attempt that wrote that Part."""
+        """Chunks whose Part has errors that are to be done again, and the attempt that wrote that Part: errors of
+        half-written rows that have been continued, and all of them with `retry`."""
         if stored is not None:
             self._adopt(stored)
         elif answered:
@@ -307,9 +309,9 @@ class Job:
                 sweep_journal(self.output, self.committed())
 
     def _register_all(self, claims: Claims) -> RunManifest:
-        """Have run.json name the files as they are now; the Part of a row that was continued is removed before.
+        """Have run.json name the files as they are now, and the Parts of rows that have been continued since.
 
-        A file of such a row that another process has in hand stays registered as it is, for the next run.
+        The file of such a row that another process has in hand stays registered as it is, for the next run.
         """
         held: list[str] = []
 
@@ -318,10 +320,9 @@ class Job:
             for chunk_id, before in continued(manifest.files, files).items():
                 if claims.try_claim(chunk_id):
                     held.append(chunk_id)
-                    with failing_run(self.output.shown(part_path(chunk_id))):
-                        self.output.remove(part_path(chunk_id))
                 else:
                     files = tuple(before if file.ordinal == before.ordinal else file for file in files)
+            files = with_redo(files, held, self._attempts)
             known = manifests.with_versions(manifest, fingerprint.versions())
             return replace(known, files=files, summary=None if held else known.summary)
 
@@ -330,6 +331,13 @@ class Job:
         finally:
             for chunk_id in held:
                 claims.release(chunk_id)
+
+    def _attempts(self, chunk_ids: Iterable[str]) -> dict[str, str]:
+        """The attempts that wrote the Parts of those chunks that have one."""
+        wanted = list(chunk_ids)
+        there = self.committed() if wanted else set()
+        parts = {id_: read_footer(self.output, {}, part_path(id_)) for id_ in wanted if id_ in there}
+        return {chunk_id: part.attempt for chunk_id, part in parts.items()}
 
     def _register(self, manifest: RunManifest) -> tuple[SourceFile, ...]:
         """The files of a run.json as they are now; looked for again if another process has seen more than this one."""
@@ -367,6 +375,9 @@ class Job:
         self.manifest = manifest
         for name in ("files", "chunks", "continued"):
             self.__dict__.pop(name, None)
+        halves = redo_of(manifest.files)
+        now = self._attempts(halves)
+        self.failed |= {chunk_id: attempt for chunk_id, attempt in halves.items() if now.get(chunk_id) == attempt}
 
     def _input_schema(self) -> pa.Schema:
         """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipeline.claimed import ClaimedChunk
 from pipeline.core import Completion
 from pipeline.intake import PreparedChunk
+from pipeline.output.part import rows_of
 from pipeline.output.sink import Sink
 from pipeline.tasks.task import RequestId, Task, common_results
 
@@ -213,7 +214,7 @@ class Outlet:
         claimed = prepared.claimed
         rows = [prepared.rows[index] for index in claimed.wanted]
         values = common_results(claimed.chunk, claimed.wanted, completions) | self._task.results(completions, rows)
-        given = prepared.table if claimed.part is None else claimed.part.failed_rows
+        given = prepared.table if claimed.part is None else rows_of(prepared.table, claimed.wanted)
         arrays = [
             pa.chunked_array([pa.array(values[f.name], type=f.type)]) if f.name in values else given[f.name]
             for f in self._schema

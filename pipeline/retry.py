@@ -24,4 +24,4 @@ def look_for_errors(job: Job) -> None:
                 f"retry={job.config.retry} needs {file.path} for its error rows, and data.path does not have it any "
                 "more; restore the file, or run without retry"
             )
-    job.failed = {chunk.id: attempt for chunk, attempt in failed.items()}
+    job.failed |= {chunk.id: attempt for chunk, attempt in failed.items()}

@@ -47,7 +47,8 @@ class SourceFile:
 
     `content` and `unfinished` are those of Counted. `ends` are the numbers of rows that it had before it was appended
     to, each time: chunks begin there anew, so that those before stay what they were. An unfinished row is a chunk of
-    its own, which alone has to be done again when the row is continued.
+    its own, which alone is done again when the row has been continued: `redo` are first row and attempt of Parts that
+    were made of half of it.
     """
 
     ordinal: int
@@ -59,6 +60,7 @@ class SourceFile:
     content: str = ""
     ends: tuple[int, ...] = ()
     unfinished: bool = False
+    redo: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

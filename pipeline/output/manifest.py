@@ -221,7 +221,8 @@ def _unreadable(store: Store, error: Exception) -> ConfigError:
 
 
 def _file_from(values: dict[str, Json]) -> SourceFile:
-    return SourceFile(**{**values, "ends": tuple(values.get("ends", ()))})
+    redo = tuple((row, attempt) for row, attempt in values.get("redo", ()))
+    return SourceFile(**{**values, "ends": tuple(values.get("ends", ())), "redo": redo})
 
 
 def _schema_to(schema: pa.Schema) -> Json:

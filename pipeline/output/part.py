@@ -53,6 +53,11 @@ def read_footer(store: Store, expected: Mapping[bytes, bytes], name: str) -> Foo
     return footer
 
 
+def rows_of(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Some rows of a table; of any size, which `take` is not."""
+    return pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
+
+
 @dataclass(frozen=True)
 class CommittedPart:
     """A Part whose error rows are to be done again."""
@@ -71,7 +76,7 @@ class CommittedPart:
     @cached_property
     def failed_rows(self) -> pa.Table:
         """The error rows as they are."""
-        return pa.concat_tables([self.table.slice(0, 0), *(self.table.slice(row, 1) for row in self.failed)])
+        return rows_of(self.table, self.failed)
 
     def with_rows(self, rows: pa.Table) -> pa.Table:
         """The Part's rows in their order, with `rows` in the place of the error rows; all others as they were."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.data.source import Counted, FoundFile, SourceFile, chunks_of, registered, unfinished_chunk
+from pipeline.data.source import Chunk, Counted, FoundFile, SourceFile, chunks_of, registered, unfinished_chunk
 from pipeline.errors import OutputDiffers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from pipeline.output.manifest import RunManifest
@@ -70,6 +70,33 @@ def continued(before: Sequence[SourceFile], now: Sequence[SourceFile]) -> dict[s
     return {c.id: file for c, file in chunks if c is not None and sizes.get(file.ordinal, file.size) != file.size}
 
 
+def redo_of(files: Sequence[SourceFile]) -> dict[str, str]:
+    """The chunks whose Part may still be of half a row, by id, with the attempt that wrote such a Part."""
+    return {
+        Chunk(file_ordinal=file.ordinal, first_row=row, num_rows=1).id: attempt
+        for file in files
+        for row, attempt in file.redo
+    }
+
+
+def with_redo(
+    files: Sequence[SourceFile], halves: Sequence[str], attempts: Callable[[Iterable[str]], dict[str, str]]
+) -> tuple[SourceFile, ...]:
+    """The files with the Parts that are of half a row now, without those that have been done again since.
+
+    `halves` are chunks, by id; `attempts` says who wrote the Part of those that have one.
+    """
+    before = redo_of(files)
+    now = attempts([*before, *halves])
+    stale = {id_: attempt for id_, attempt in now.items() if id_ in halves or before.get(id_) == attempt}
+    return tuple(replace(file, redo=_redo_in(file, stale)) for file in files)
+
+
+def _redo_in(file: SourceFile, stale: Mapping[str, str]) -> tuple[tuple[int, str], ...]:
+    rows = {Chunk(file_ordinal=file.ordinal, first_row=end, num_rows=1).id: end for end in (0, *file.ends)}
+    return tuple((rows[id_], attempt) for id_, attempt in sorted(stale.items()) if id_ in rows)
+
+
 def more_in(now: Sequence[SourceFile], before: Sequence[SourceFile]) -> str | None:
     """What there is beside the files that were registered, for a sentence; None if there is nothing."""
     known = {file.ordinal: file for file in before}
@@ -113,9 +140,8 @@ def _grown(file: SourceFile, found: FoundFile, counted: Counted | str, room: int
     added = more if room is None else min(more, room)
     rows, unfinished = file.rows + added, counted.unfinished and added == more
     ends = {*file.ends, *([file.rows] if added else []), *([rows - 1] if unfinished and rows > 1 else [])}
-    return SourceFile(
-        ordinal=file.ordinal,
-        name=file.name,
+    return replace(
+        file,
         path=found.path,
         size=found.size,
         rows=rows,

@@ -90,7 +90,7 @@ def test_run_json_gives_back_what_was_stored_and_is_readable(place: Place) -> No
     assert values["schema"]["fields"][0] == "id: int64"
     assert values["files"][0] == {
         "ordinal": 0, "name": "a.parquet", "path": "/d/a.parquet", "size": 175, "rows": 25, "digest": "d",
-        "content": "", "ends": [], "unfinished": False,
+        "content": "", "ends": [], "unfinished": False, "redo": [],
     }  # fmt: skip
     assert list(place.files()) == ["run.json"]
 

@@ -18,10 +18,11 @@ from harness import TINY, call, environment, nothing_left_over, parts, rows, run
 
 from pipeline import merge, status, verify
 from pipeline.config import load_config
-from pipeline.errors import Overtaken
+from pipeline.errors import Overtaken, RunFailed
 from pipeline.job import Job
 from pipeline.output import manifest as manifests
 from pipeline.output.local import LocalStore
+from pipeline.output.sink import Sink
 from pipeline.shift import Shift
 from pipeline.versions import with_job
 
@@ -128,22 +129,30 @@ def half_written(inbox: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     append(inbox / "a.jsonl", b'"a 3"}\n', *map(line, words(4, 6)))
 
 
-def test_killed_when_the_row_that_is_continued_was_just_removed(
+def test_killed_before_the_row_that_is_continued_was_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whenever it is killed, the row is there: first as the error that it was."""
     inbox, out = tmp_path / "in", tmp_path / "out"
     half_written(inbox, out, monkeypatch)
 
-    def full(*_: Any) -> None:
-        raise OSError("no space left")
+    def killed(*_: Any) -> None:
+        raise RunFailed("killed by the test")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalStore, "replace", full)
-        assert run_echo(patch, *args(inbox, out)).code == 1
-    assert len(parts(out)) == 1 and len(run_json(out)["files"][0]["ends"]) == 1
+    for owner, name in ((LocalStore, "replace"), (Shift, "work"), (Sink, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            assert run_echo(patch, *args(inbox, out)).code == 1
+        assert prompts(out, 0)[:4] == [*words(0, 3), None]
+        assert call(status.main, *echoed(inbox, out), "--registered").code == (0 if owner is LocalStore else 75)
+    assert len(run_json(out)["files"][0]["redo"]) == 1
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert prompts(out, 0) == words(0, 6)
     assert nothing_left_over(out)
+    append(inbox / "a.jsonl", line("a 6"))
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert prompts(out, 0) == words(0, 7)
+    assert run_json(out)["files"][0]["redo"] == []
 
 
 def test_a_row_that_another_process_has_in_hand_is_continued_by_the_next_run(
@@ -217,10 +226,10 @@ def test_what_comes_while_a_run_is_at_work_is_the_next_one_s(tmp_path: Path, mon
 def test_a_run_at_work_takes_what_a_later_task_has_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of an array that start at different times end with the same done; here the later one dies at once."""
     inbox, out = tmp_path / "in", tmp_path / "out"
-    append(inbox / "b.jsonl", *map(line, words(0, 6, "b")), b'{"prompt": "half')
+    append(inbox / "b.jsonl", *map(line, words(0, 6, "b")))
 
     def grow() -> None:
-        append(inbox / "b.jsonl", b' a line"}\n', line("more"))
+        append(inbox / "b.jsonl", *map(line, words(6, 8, "b")))
         append(inbox / "a.jsonl", *map(line, words(0, 3)))
         register(inbox, out)
 
@@ -232,10 +241,30 @@ def test_a_run_at_work_takes_what_a_later_task_has_registered(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         at_work(patch, grow, grow_again)
         run_echo(patch, *args(inbox, out)).done()
-    assert prompts(out, 0) == [*words(0, 6, "b"), "half a line", "more"]
-    assert (prompts(out, 1), prompts(out, 2), prompts(out, 3)) == (words(0, 3), words(0, 2, "c"), [])
+    assert [prompts(out, n) for n in range(4)] == [words(0, 8, "b"), words(0, 3), words(0, 2, "c"), []]
     assert run_json(out)["summary"]["rows"] == 13
     assert nothing_left_over(out)
+
+
+def test_half_a_row_is_not_answered_by_who_saw_only_that(tmp_path: Path) -> None:
+    """The row is nobody's yet when another task registers what it has become."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", line("one"), b'{"prompt": ')
+    resolved = {"resolved.device": "cpu"}
+    early = Job(load_config(args(inbox, out)))
+    with early.output.claims() as claims:
+        early.start(claims, resolved, {}, {})
+        _, half = early.chunks
+        assert early.is_as_registered(half)
+        append(inbox / "a.jsonl", b'"two"}\n', line("three"))
+        late = Job(load_config(args(inbox, out)))
+        with late.output.claims() as others:
+            late.start(others, resolved, {}, {})
+        assert not early.is_as_registered(half)
+        assert early.take_over() and not early.take_over()
+        assert early.is_as_registered(half)
+        assert early.chunks == late.chunks == early.pending() and len(early.chunks) == 3
+        assert not early.failed, "no Part was made of half of it"
 
 
 def test_what_a_later_task_has_registered_and_this_one_cannot_read_is_not_done(
