@@ -285,11 +285,14 @@ class Job:
         return now
 
     def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
-        """Keep the run's summary in run.json, and clear away what killed processes left."""
+        """Keep the run's summary in run.json, and clear away what killed processes left.
+
+        While others have a chunk in hand, as with `retry` by several, it may not stay true; they write theirs.
+        """
 
         def concluded(manifest: RunManifest) -> RunManifest:
             self._sweep(claims)  # while nobody else may write run.json
-            return replace(manifest, summary=summary)
+            return replace(manifest, summary=None if claims.others() else summary)
 
         self._take(manifests.update(self.output, claims, concluded))
 

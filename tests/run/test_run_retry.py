@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +227,65 @@ def test_what_another_process_has_put_right_is_left_alone(
     with faulty(BROKEN):
         run_here(*command, "retry=failed").done()
     assert others and results(out).equals(results(sound))
+    assert run_json(out)["summary"] == run_json(sound)["summary"]
+
+
+def beside(patch: pytest.MonkeyPatch, *events: Callable[[], object]) -> None:
+    """Let things happen while a process is at work, each at one of its looks for answers."""
+    poll, waiting = Shift._poll, list(events)
+
+    def polled(self: Any, outlet: Any) -> int:
+        if waiting:
+            waiting.pop(0)()
+        return poll(self, outlet)
+
+    patch.setattr(Shift, "_poll", polled)
+
+
+def test_two_tasks_retry_at_the_same_time(failed: tuple[Path, list[str]], sound: Path) -> None:
+    """The second one does what the first has not begun; between them each error row is answered once."""
+    out, command = failed
+    before, codes = len(stats(out)), []
+    array = [*command, "retry=failed", "shard.count=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        beside(patch, lambda: codes.append(run_here(*array, "shard.index=1").code))
+        run_here(*array, "shard.index=0").done()
+    assert codes in ([0], [75]), "75 while the first has chunks in hand"
+    done = stats(out)[before:]
+    assert sum(one["rows"] for one in done) == len(BROKEN) + 1
+    assert results(out).equals(results(sound))
+    assert run_json(out)["summary"] == run_json(sound)["summary"]
+    assert nothing_left_over(out)
+
+
+@pytest.mark.parametrize("ends", ["well", "killed"])
+def test_a_task_that_ends_before_another_leaves_no_summary_that_will_be_wrong(
+    ends: str, failed: tuple[Path, list[str]], sound: Path
+) -> None:
+    """While it has errors in hand that an earlier task has got again, somebody else finds all rows done."""
+    out, command = failed
+    retry = [*command, "retry=failed", "output.journal_s=0"]
+
+    def look() -> None:
+        run_here(*command).done()  # counts everything
+        assert run_json(out)["summary"] is None
+
+    def killed(self: Sink, *given: Any) -> bool:
+        replace_part(self, *given)
+        raise RunFailed("killed by the test")
+
+    replace_part = Sink.replace
+    with faulty({2, 38}):
+        run_here(*retry).done()
+    with pytest.MonkeyPatch.context() as patch:
+        beside(patch, look)
+        if ends == "killed":
+            patch.setattr(Sink, "replace", killed)
+        assert run_here(*retry).code == (0 if ends == "well" else 1)
+    run_here(*command).done()
+    assert run_json(out)["summary"]["error_rows"] == len(errors(results(out)))
+    run_here(*retry).done()
+    assert results(out).equals(results(sound))
     assert run_json(out)["summary"] == run_json(sound)["summary"]
 
 
