@@ -10,15 +10,20 @@
 # PIPELINE_KEEP_LOGS (30) stay.
 set -u
 python=${PIPELINE_PYTHON:-python}
-log=${PIPELINE_LOG:-/dev/stderr}
+log=${PIPELINE_LOG:-}
 begun=$(date +%s)
 folder=
-if [ -d "$log" ]; then
+if [ -n "$log" ] && [ -d "$log" ]; then
     folder=$log
     log=$folder/nightly-$(date +%Y%m%dT%H%M%S)-$$.log
 fi
+if [ -n "$log" ]; then
+    exec 3>>"$log"
+else
+    exec 3>&2 # not /dev/stderr, which cannot be opened where it is systemd's journal
+fi
 
-"$python" -m pipeline launcher.lock=true "$@" >>"$log" 2>&1
+"$python" -m pipeline launcher.lock=true "$@" >&3 2>&1
 code=$?
 "$python" -m pipeline.status --registered --since "$begun" "$@" 2>&1 | sed "s/^/nightly (exit code $code): /"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_three_nights_label_exactly_what_is_new(tickets: list[str], tmp_path: Pa
     assert [row["label_probs"] for row in sorted(rows(tmp_path / "at once"), key=lambda row: row["ticket"])] == [
         row["label_probs"] for row in sorted(rows(out), key=lambda row: row["ticket"])
     ]
+
+
+def test_a_schedule_whose_errors_go_to_a_socket(tmp_path: Path) -> None:
+    """As systemd's journal is one: /dev/stderr cannot be opened there."""
+    journal, stderr = socket.socketpair()
+    with journal, stderr:
+        done = subprocess.run(
+            ["bash", str(NIGHTLY), "nosuch.key=1"], env=environment(PIPELINE_PYTHON=sys.executable, PIPELINE_LOG=None),
+            stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60,
+        )  # fmt: skip
+        stderr.close()
+        logged = journal.makefile().read()
+    assert done.returncode == 2
+    assert logged.startswith("error: nosuch") and logged.count("\n") == 1
+    assert done.stdout.startswith("nightly (exit code 2): error: nosuch")
 
 
 def night(*command: str, logs: Path) -> tuple[int, ...]:

@@ -194,12 +194,13 @@ def test_a_full_disk_is_a_failure_and_room_lets_it_go_on(cluster: Cluster, alone
 
 
 def test_what_never_gets_done_goes_back_only_so_often(cluster: Cluster) -> None:
-    """No chunk fits into the time: 75 at every start."""
-    job = cluster.sbatch("label_array.sbatch", "--array=3", "--time=5", "launcher.margin_s=100000", REQUEUES="2")
+    """No chunk fits into the time: 75 at every start, also of the last task, whose job id is the whole array's."""
+    job = cluster.sbatch("label_array.sbatch", "--array=2-3", "--time=5", "launcher.margin_s=100000", REQUEUES="2")
     said = cluster.finished(job)
     assert said.startswith("FAILED") and "0 of 2,000 rows done" in said
-    assert restarts(cluster.lab, f"{job}_3") == 2
-    assert cluster.lab.show(f"{job}_3")["ExitCode"] == "75:0"
+    for task in (f"{job}_2", f"{job}_3"):
+        assert restarts(cluster.lab, task) == 2
+        assert cluster.lab.show(task)["ExitCode"] == "75:0"
 
 
 def test_one_task_and_one_node_of_several_processes(cluster: Cluster, alone: Path) -> None:
