@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import __version__, fingerprint
-from pipeline.data.files import would_read
+from pipeline.asked_columns import check_columns, check_output_apart, columns_named, run_labels
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within, unfinished_chunk
 from pipeline.errors import ConfigError, Interrupted, OutputDiffers, Overtaken, RunFailed, SchemaDiffers
@@ -29,11 +29,10 @@ from pipeline.output.open import open_store
 from pipeline.output.part import read_footer
 from pipeline.output.registration import as_registered, continued, more_in, redo_of, register, with_redo
 from pipeline.output.schema import results_schema
-from pipeline.output.sink import NO_ROWS, Sink, committed_parts, part_path
+from pipeline.output.sink import Sink, committed_parts, part_path
 from pipeline.output.store import JOURNAL, RUN_JSON, Store
-from pipeline.redaction import redacted_url
 from pipeline.settings import RunConfig
-from pipeline.template import RowTemplate, names_in
+from pipeline.template import RowTemplate
 
 
 class Job:
@@ -70,12 +69,12 @@ class Job:
         self.count = cache(self.source.count)
         self.grown = cache(self.source.grown)
         self.input_schema: pa.Schema = self._input_schema()
-        self._check_columns()
-        self._check_output_apart()
+        check_columns(config, self.input_schema)
+        check_output_apart(config)
         if config.task.messages is None:
             RowTemplate(config.task.prompt, self.input_schema.names)
         self.schema: pa.Schema = results_schema(
-            self.input_schema, config.output.columns, config.task.kind, {}, config.on_request, _run_labels(config)
+            self.input_schema, config.output.columns, config.task.kind, {}, config.on_request, run_labels(config)
         )
         self.manifest: RunManifest | None = None
         self.failed: dict[str, str] = {}
@@ -387,10 +386,7 @@ class Job:
         schema = self.source.schema()
         if schema.names or any(self.count(file).rows if file.rows is None else file.rows for file in self.found):
             return schema
-        task, kept = self.config.task, self.config.output.columns or ()
-        columns = [task.truth, task.target, task.labels if isinstance(task.labels, str) else None]
-        named = [*columns, *names_in(task.prompt), *kept]
-        return pa.schema([(name, pa.string()) for name in dict.fromkeys(named) if name])
+        return pa.schema([(name, pa.string()) for name in columns_named(self.config)])
 
     def _tokenizer_checkpoint(self) -> Checkpoint:
         """The one asked for, else the adapter's own, else the model's."""
@@ -399,41 +395,3 @@ class Job:
             return open_checkpoint(name)
         own = None if self.adapter is None else self.adapter.tokenizer
         return self.checkpoint if own is None else own
-
-    def _check_output_apart(self) -> None:
-        """Results below the input would be read as input by the next run."""
-        output = self.config.output.dir
-        part = f"{output.rstrip('/')}/{part_path(NO_ROWS.id)}"
-        for path in self.config.data.path:
-            if would_read(path, part):
-                raise ConfigError(redacted_url(f"output.dir={output} lies inside data.path={path}; choose another one"))
-
-    def _check_columns(self) -> None:
-        task = self.config.task
-        names: dict[str, str | None] = {f"sampling.columns.{k}": v for k, v in self.config.sampling.columns.items()}
-        names |= {
-            "task.truth": task.truth,
-            "task.messages": task.messages,
-            "task.target": task.target,
-            "task.labels": task.labels if isinstance(task.labels, str) else None,
-        }
-        for key, name in names.items():
-            if name is not None and name not in self.input_schema.names:
-                raise ConfigError(
-                    f"{key}={name} is no column; the columns are {', '.join(self.input_schema.names) or 'none'}"
-                )
-        if task.truth is not None and pa.types.is_nested(self.input_schema.field(task.truth).type):
-            raise ConfigError(f"task.truth={task.truth} is a column of lists or structs; name one of plain values")
-        if isinstance(task.labels, str):
-            kind = self.input_schema.field(task.labels).type
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-                raise ConfigError(f"task.labels={task.labels} is a column of {kind}; name one of lists of labels")
-        kept = self.config.output.columns
-        if task.truth is not None and kept is not None and task.truth not in kept:
-            raise ConfigError(f"task.truth={task.truth} is not kept; add it to output.columns")
-
-
-def _run_labels(config: RunConfig) -> list[str] | None:
-    """The names of the run's labels, if it has any of its own."""
-    labels = config.task.labels
-    return list(labels) if isinstance(labels, Mapping) else None
