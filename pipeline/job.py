@@ -328,6 +328,7 @@ class Job:
             known = manifests.with_versions(manifest, fingerprint.versions())
             return replace(known, files=files, summary=None if held else known.summary)
 
+        self._register(manifests.load(self.output))  # reads what has to be read while nobody waits for run.json
         try:
             return manifests.update(self.output, claims, changed)
         finally:
