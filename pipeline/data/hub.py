@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.arrow_stream import ArrowRows, MappedRows, read_schema
+from pipeline.data.broken_values import checked_rows
 from pipeline.data.files import FileKind, Located, edge_digests, first_line, is_url, locate, no_file, reaching
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
 from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
@@ -116,7 +117,7 @@ class HubSource:
             with reaching(file.path, RunFailed):
                 table = rows.take(chunk.first_row, chunk.num_rows, schema.names)
             columns = [decoded(table[name]) for name in schema.names]
-            yield Rows(pa.Table.from_arrays(columns, names=schema.names).cast(schema))
+            yield checked_rows(pa.Table.from_arrays(columns, names=schema.names).cast(schema), file.name)
 
     def _open(self, path: str) -> _Saved:
         if is_url(path) or Path(path).expanduser().is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.broken_values import checked_rows
 from pipeline.data.files import FileKind, Located, first_line, locate, reaching
 from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
 from pipeline.data.parquet_footer import is_being_written, read_footers
@@ -116,7 +117,7 @@ class ParquetSource:
                 assert chunk.file_ordinal == file.ordinal
                 batches = rows.take(chunk.first_row, chunk.num_rows) if own else []
                 located.require_unchanged()
-                yield Rows(_as_table(batches, chunk.num_rows, constants, schema))
+                yield checked_rows(_as_table(batches, chunk.num_rows, constants, schema), file.name)
 
     def _without_unfinished(self, files: list[Located]) -> list[Located]:
         """The files, after the run's first start without those that somebody is still writing."""

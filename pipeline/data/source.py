@@ -83,9 +83,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A chunk's rows; a row that cannot be read is null in every column and has its reason in `errors`.
+    """A chunk's rows; what cannot be read of a row is null, and the row has its reason in `errors`.
 
-    A reason names the file and the line and holds the line's own text.
+    A reason names the file, and the line or the column, and holds the text that is there.
     """
 
     table: pa.Table

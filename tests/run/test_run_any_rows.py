@@ -9,13 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from echo import run_echo
-from harness import TINY, nothing_left_over, parts, prompt, results, run_json
+from harness import TINY, call, nothing_left_over, parts, prompt, results, run_json
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from pipeline.verify import main as verify
 
 CHAT = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": " There "}]
 
@@ -38,6 +41,11 @@ class Row:
         if self.line is not None:
             return dict.fromkeys(("prompt", "n", "chat"))
         return {"prompt": self.prompt, "n": self.n, "chat": None if self.chat is None else self.chat.encode()}
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The columns of the results; bytes that are no text are in `error` instead."""
+        return self.values | ({"prompt": None} if self.error == "UTF-8" else {})
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -135,7 +143,7 @@ def check(kind: str, messages: bool, files: list[list[Row]], chunk_rows: int, pa
         ids = [f"{number:06d}-{i:012d}" for number, rows in enumerate(files) for i in range(len(rows))]
         assert found["row_id"].to_pylist() == ids
         kept = found.select(["prompt", "n", "chat"]).set_column(0, "prompt", found["prompt"].cast(pa.binary()))
-        assert kept.set_column(2, "chat", found["chat"].cast(pa.binary())).to_pylist() == [row.values for row in given]
+        assert kept.set_column(2, "chat", found["chat"].cast(pa.binary())).to_pylist() == [row.kept for row in given]
         for row, answer in zip(given, found.select(["error", "finish_reason", "token_ids"]).to_pylist(), strict=True):
             assert (answer["finish_reason"] == "error") == (answer["error"] is not None) == (row.error is not None)
             assert row.error is None or row.error in answer["error"]
@@ -171,3 +179,15 @@ def test_a_prompt_that_reads_no_column_has_as_many_rows(tmp_path: Path, monkeypa
         found = results(out)
         assert found["n"].to_pylist() == list(range(2500))
         assert all((error is None) == (e is None) and (error or "") in (e or "") for e in found["error"].to_pylist())
+
+
+def test_a_row_that_is_no_text_keeps_no_reader_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DuckDB refuses a query that meets text which is no UTF-8; also in a column that no prompt reads."""
+    rows = table([Row(prompt=b"x"), NOT_UTF8, Row(prompt=b"y")])
+    pq.write_table(rows.append_column("other", rows["prompt"]), tmp_path / "x.parquet")
+    for name, more in (("prompt", prompt("{{ prompt }}")), ("other", prompt("{{ n }}"))):
+        run_echo(monkeypatch, f"data.path={tmp_path / 'x.parquet'}", f"output.dir={tmp_path / name}", more).done()
+        asked = f"select prompt, other, error is null from '{tmp_path / name}/results/*.parquet'"
+        assert duckdb.sql(asked).fetchall() == [("x", "x", True), (None, None, False), ("y", "y", True)]
+        assert r"\xff" in results(tmp_path / name)["error"][1].as_py()
+        assert call(verify, str(tmp_path / name)).code == 0
