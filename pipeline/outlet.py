@@ -189,12 +189,13 @@ class Outlet:
         completions = [chunk.completions[index] for index in claimed.wanted]
         table = self._table(chunk.prepared, completions)
         counts = _counts(table, completions)
-        if self._publish(claimed, table, counts):
+        is_mine = self._publish(claimed, table, counts)
+        if is_mine or claimed.part is None:  # also where somebody else was first: the rows are there
             claimed.journal.remove()
+        if is_mine:
             found = [position for position, index in enumerate(claimed.wanted) if index in claimed.found]
             answered = table.select(["completion_tokens"]).take(pa.array(found, pa.int64()))
-            journaled = _counts(answered, [completions[position] for position in found])
-            self._ended(claimed, counts, journaled)
+            self._ended(claimed, counts, _counts(answered, [completions[position] for position in found]))
         else:
             self._ended(claimed, Counts(), Counts())
         with self._changed:
@@ -204,8 +205,7 @@ class Outlet:
     def _publish(self, claimed: ClaimedChunk, table: pa.Table, counts: Counts) -> bool:
         """Commit a chunk's rows, or put them in the place of the errors of its Part; False where others have it."""
         if claimed.part is None:
-            self._sink.commit(claimed.chunk, table, asdict(counts))
-            return True  # also where somebody else was first: the rows are there
+            return self._sink.commit(claimed.chunk, table, asdict(counts))
         total = Counts(**claimed.part.counts) - _counts_of_errors(claimed.part.failed_rows) + counts
         return self._sink.replace(claimed.chunk, claimed.part, table, asdict(total), claimed.is_mine)
 

@@ -50,14 +50,15 @@ class Task:
 class Sink:
     """Takes Parts as fast as it is let."""
 
-    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, before: Callable[[], None] = lambda: None, *, is_first: bool = True) -> None:
         self.before = before
+        self.is_first = is_first
         self.committed: list[str] = []
 
     def commit(self, chunk: Chunk, table: pa.Table, counts: dict[str, int]) -> bool:
         self.before()
         self.committed.append(chunk.id)
-        return True
+        return self.is_first
 
 
 def answer(chunk: Chunk, index: int) -> Completion:
@@ -142,6 +143,18 @@ def test_rows_of_the_journal_count_as_there() -> None:
     whole = Counts(rows=10, prompt_tokens=30, completion_tokens=20)
     six = Counts(rows=6, prompt_tokens=18, completion_tokens=12)
     assert told == [(chunk(0).id, whole, six), (chunk(1).id, whole, whole)]
+
+
+def test_rows_that_somebody_else_has_committed_are_counted_there() -> None:
+    """As by a process that stood still for longer than its lease: the rows of all processes add up to the whole."""
+    told: list[tuple[Counts, Counts]] = []
+    journal = Recorded()
+    ended = lambda claimed, counts, journaled: told.append((counts, journaled))  # noqa: E731
+    with outlet(Sink(is_first=False), ended=ended) as out:
+        out.expect(prepared(0, journal))
+        out.add(answer(chunk(0), index) for index in range(ROWS))
+    assert told == [(Counts(), Counts())]
+    assert journal.removed, "the rows are somewhere else"
 
 
 @pytest.mark.parametrize("where", ["journal", "part"])
