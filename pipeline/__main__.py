@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from pipeline import __version__, config
+from pipeline import __version__
 from pipeline.command import guarded
 from pipeline.console import Console
-from pipeline.launch.place import place_of
 from pipeline.process import ExitCode, Stopping
-from pipeline.run import run
-from pipeline.settings import LocalSettings
+
+# All else is imported where it is used: signals are heard from `guarded` on, and it may take long on a shared disk.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> int:
     """Run as the launcher says: here, in several processes of this machine, or by Slurm."""
-    settings = config.load_config(arguments, place_of(os.environ, time.time()))
+    from pipeline.config import load_config
+    from pipeline.launch.place import place_of
+    from pipeline.run import run
+    from pipeline.settings import LocalSettings
+
+    settings = load_config(arguments, place_of(os.environ, time.time()))
     if isinstance(settings.launcher, LocalSettings):
         if settings.launcher.alone:
             return run(settings, console, stopping)
@@ -44,6 +48,8 @@ def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> in
 
 def help_text() -> str:
     """Groups with their choices and keys with what they mean, from conf/ and the schema."""
+    from pipeline import config
+
     lines = [
         "usage: python -m pipeline [group=choice ...] [key=value ...]",
         "",

@@ -9,7 +9,7 @@ from types import FrameType
 
 from pipeline.console import Console
 from pipeline.errors import ConfigError, Interrupted, RunFailed
-from pipeline.process import ExitCode, Stopping
+from pipeline.process import ExitCode, Loading, Stopping
 
 ON_AGAIN = "what is committed stays; run the same command again to go on"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,3 +60,8 @@ def guarded(
     except Interrupted as error:
         console.note(f"{error}; {after_interrupt}")
         return ExitCode.NOT_DONE
+
+
+def until_loaded(console: Console, stopping: Stopping) -> Loading:
+    """The time in which a command has nothing to save, and a signal ends it at once."""
+    return Loading(stopping, lambda: console.note(f"stopped while loading; {ON_AGAIN}"))

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline import fingerprint
+from pipeline.command import until_loaded
 from pipeline.console import Console, RowProgress
 from pipeline.engine.plan import EnginePlan
 from pipeline.errors import Interrupted, RunFailed
@@ -18,7 +19,7 @@ from pipeline.launch.patience import Patience, wait_for_chunks
 from pipeline.launch.walltime import Walltime
 from pipeline.output.claims import SCHEDULE_CLAIM, Claims
 from pipeline.planning import plan_of, write_plan
-from pipeline.process import ExitCode, Stopping
+from pipeline.process import ExitCode, Loading, Stopping
 from pipeline.report.page import write_report
 from pipeline.retry import look_for_errors
 from pipeline.settings import LocalSettings, RunConfig
@@ -41,10 +42,11 @@ def run(config: RunConfig, console: Console, stopping: Stopping) -> ExitCode:
     Raises ConfigError, RunFailed or Interrupted; what is committed stays.
     """
     started = time.perf_counter()
-    return with_job(config, lambda job: _run(job, console, stopping, started))
+    with until_loaded(console, stopping) as loading:
+        return with_job(config, lambda job: _run(job, console, stopping, loading, started))
 
 
-def _run(job: Job, console: Console, stopping: Stopping, started: float) -> ExitCode:
+def _run(job: Job, console: Console, stopping: Stopping, loading: Loading, started: float) -> ExitCode:
     if job.config.dry_run:
         return show_plan(job, console)
     tell_left(job, console)
@@ -54,7 +56,7 @@ def _run(job: Job, console: Console, stopping: Stopping, started: float) -> Exit
             return ExitCode.NOT_DONE
         if not job.is_answered():
             job.output.prepare()
-            answer_rows(job, claims, console, stopping, started, Patience(job.config.shard.wait_s))
+            answer_rows(job, claims, console, stopping, loading, started, Patience(job.config.shard.wait_s))
         return finish(job, claims, console)
 
 
@@ -70,16 +72,19 @@ def work(config: RunConfig, console: Console, stopping: Stopping, patience: Pati
     Raises ConfigError, RunFailed or Interrupted; what is committed stays.
     """
     started = time.perf_counter()
-    return with_job(config, lambda job: _work(job, console, stopping, started, patience))
+    with until_loaded(console, stopping) as loading:
+        return with_job(config, lambda job: _work(job, console, stopping, loading, started, patience))
 
 
-def _work(job: Job, console: Console, stopping: Stopping, started: float, patience: Patience) -> ExitCode:
+def _work(
+    job: Job, console: Console, stopping: Stopping, loading: Loading, started: float, patience: Patience
+) -> ExitCode:
     tell_left(job, console)
     look_for_errors(job)
     with job.output.claims() as claims:
         if not job.is_answered():
             job.output.prepare()
-            answer_rows(job, claims, console, stopping, started, patience)
+            answer_rows(job, claims, console, stopping, loading, started, patience)
     job.take_over()
     return ExitCode.DONE if job.is_answered() else ExitCode.NOT_DONE
 
@@ -95,9 +100,18 @@ def may_begin(job: Job, claims: Claims, console: Console) -> bool:
 
 
 def answer_rows(
-    job: Job, claims: Claims, console: Console, stopping: Stopping, started: float, patience: Patience
+    job: Job,
+    claims: Claims,
+    console: Console,
+    stopping: Stopping,
+    loading: Loading,
+    started: float,
+    patience: Patience,
 ) -> None:
-    """Take the device and answer all rows that can be claimed, also after waiting for what others give up."""
+    """Take the device and answer all rows that can be claimed, also after waiting for what others give up.
+
+    `loading` is over once the model is loaded.
+    """
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
 
@@ -148,6 +162,7 @@ def answer_rows(
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
     engine = load_engine(job, runtime, tokenizer, prompts, console, lambda: stopping() or walltime.over, stats)
+    loading.over()
     with _leaving(lambda: _leave_stats(job, stats, recorder, engine, runtime, started, console)):
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:

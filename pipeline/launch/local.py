@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+from pipeline.command import until_loaded
 from pipeline.console import Console, RowProgress
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.job import Job
 from pipeline.output.claims import Claims
-from pipeline.process import ExitCode, Stopping
+from pipeline.process import ExitCode, Loading, Stopping
 from pipeline.retry import look_for_errors
 from pipeline.run import finish, may_begin, show_plan
 from pipeline.settings import LocalSettings, RunConfig
@@ -35,8 +36,20 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
     `arguments` are the command line that `config` was made of. Raises what `run` raises.
     """
     since = datetime.now(UTC)
-    if config.dry_run:
-        return with_job(config, lambda job: show_plan(job, console))
+    with until_loaded(console, stopping) as loading:
+        if config.dry_run:
+            return with_job(config, lambda job: show_plan(job, console))
+        return _run_processes(config, arguments, console, stopping, loading, since)
+
+
+def _run_processes(
+    config: RunConfig,
+    arguments: Sequence[str],
+    console: Console,
+    stopping: Stopping,
+    loading: Loading,
+    since: datetime,
+) -> int:
     job = open_job(config)
     look_for_errors(job)
     with job.output.claims() as claims:
@@ -45,6 +58,7 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
         if job.is_answered():
             return finish(job, claims, console)
         crew = Crew(_workers(config, arguments), console)
+        loading.over()
         codes = crew.work(job, stopping)
         after = open_job(config)  # by now there is a run.json
         after.keep_to_registered()
