@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 
 from pipeline.core import FinishReason
 from pipeline.errors import RunFailed
-from pipeline.output.part import COUNTS_KEY
+from pipeline.output.part import COUNTS_KEY, PAGES_KEY, pages_digest
 from pipeline.output.sink import part_path
 from pipeline.output.store import StoreError
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
     from pipeline.data.source import Chunk
     from pipeline.output.store import Store
 
@@ -46,6 +48,7 @@ def inspect_part(store: Store, schema: pa.Schema, chunk: Chunk) -> Inspected:
             pq.ParquetFile(source, page_checksum_verification=True) as file,
         ):
             found.problems += _described(file, schema, chunk)
+            found.problems += _hashed(source, file.metadata.metadata)
             if file.schema_arrow.equals(schema):
                 found.problems += _rows(file, chunk, found.counts)
                 found.problems += _counted(file.schema_arrow.metadata or {}, file.metadata.metadata, found.counts)
@@ -71,6 +74,13 @@ def _described(file: pq.ParquetFile, schema: pa.Schema, chunk: Chunk) -> Iterato
     for key, value in (schema.metadata or {}).items():
         if said.get(key) != value:
             yield f"says {key.decode()}={_text(said.get(key))}, and run.json has {value.decode()}"
+
+
+def _hashed(source: BinaryIO, said: Mapping[bytes, bytes] | None) -> Iterator[str]:
+    """Where the bytes of the pages are not those that were committed; Parts of older versions do not say."""
+    digest = (said or {}).get(PAGES_KEY.encode())
+    if digest is not None and digest.decode("utf-8", "replace") != pages_digest(source):
+        yield "has other bytes than were committed (by their hash in its footer)"
 
 
 def _rows(file: pq.ParquetFile, chunk: Chunk, counts: Counter[str]) -> Iterator[str]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """The version of run.json that this code writes and reads."""
 
+HASH_KEY = "sha256"
+"""The key of a hash of all others: a digit changed in chunk_rows, or in a file's rows, would make rows again or leave
+some out."""
 OTHER_VERSIONS = "other_versions"
 """The key of `informational` that lists the changes of libraries since the run began."""
 _SHOWN_DIFFERENCES = 5
@@ -69,6 +72,7 @@ class RunManifest:
         values["files"] = [asdict(file) for file in self.files]
         values["schema"] = _schema_to(self.schema)
         values["input_schema"] = _schema_to(self.input_schema)
+        values[HASH_KEY] = _hash_of(values)
         return json.dumps(values, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     def part_metadata(self) -> dict[str, str]:
@@ -86,6 +90,8 @@ class RunManifest:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+        if values.pop(HASH_KEY, None) not in (None, _hash_of(values)):
+            raise ValueError(f"it is not what was written, by its {HASH_KEY}")
         try:
             values["files"] = tuple(_file_from(file) for file in values["files"])
             values["schema"] = _schema_from(values["schema"]["arrow_ipc_base64"])
@@ -218,6 +224,12 @@ def _unreadable(store: Store, error: Exception) -> ConfigError:
         f"output.dir {store.shown()} has a run.json that cannot be read ({error}); restore it, or use another "
         "output.dir"
     )
+
+
+def _hash_of(values: Mapping[str, Json]) -> str:
+    """Of the values as JSON gives them back."""
+    text = json.dumps(json.loads(json.dumps(dict(values))), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_from(values: dict[str, Json]) -> SourceFile:

@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 
 from pipeline.data.source import Chunk
 from pipeline.output.durable import failing_run
-from pipeline.output.part import ATTEMPT_KEY, COUNTS_KEY, CommittedPart, Footer, read_footer, read_part
+from pipeline.output.part import (
+    ATTEMPT_KEY,
+    COUNTS_KEY,
+    PAGES_KEY,
+    CommittedPart,
+    Footer,
+    HashedFile,
+    read_footer,
+    read_part,
+)
 from pipeline.output.store import JOURNAL, RESULTS
 
 if TYPE_CHECKING:
@@ -151,7 +160,9 @@ class Sink:
                 pool.shutdown(cancel_futures=True)
 
     def _write(self, file: BinaryIO, table: pa.Table, counts: Mapping[str, int]) -> None:
-        with pq.ParquetWriter(file, self._schema, compression=self._compression, **_CHECKED) as writer:
+        hashed = HashedFile(file)
+        with pq.ParquetWriter(hashed, self._schema, compression=self._compression, **_CHECKED) as writer:
             writer.write_table(table, row_group_size=self._row_group_rows)
-            about = {COUNTS_KEY: json.dumps(dict(counts), sort_keys=True), ATTEMPT_KEY: self._attempt}
+            counted = json.dumps(dict(counts), sort_keys=True)
+            about = {COUNTS_KEY: counted, ATTEMPT_KEY: self._attempt, PAGES_KEY: hashed.digest()}
             writer.add_key_value_metadata(about)

@@ -150,6 +150,11 @@ def run_json(out: Path) -> dict[str, Any]:
     return values
 
 
+def put_run_json(out: Path, values: Mapping[str, Any]) -> None:
+    """A run.json as an older version may have written it, without its hash."""
+    (out / "run.json").write_text(json.dumps({key: value for key, value in values.items() if key != "sha256"}))
+
+
 def stats(out: Path) -> list[dict[str, Any]]:
     return [pq.read_table(path).to_pylist()[0] for path in sorted((out / "stats").glob("run-*.parquet"))]
 

@@ -16,6 +16,7 @@ from harness import (
     only_journal_left_over,
     parts,
     prompt,
+    put_run_json,
     results,
     run_here,
     run_json,
@@ -151,8 +152,7 @@ Change = Callable[[Path], None]
 
 
 def _other_run(out: Path) -> None:
-    text = (out / "run.json").read_text()
-    (out / "run.json").write_text(text.replace(run_json(out)["run_id"], "0" * 32))
+    put_run_json(out, {**run_json(out), "run_id": "0" * 32})
 
 
 def _damage(out: Path) -> None:

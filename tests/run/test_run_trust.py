@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import TICKETS, run_here
+from harness import TICKETS, put_run_json, run_here, run_json
 
 from pipeline.config import load_config
 from pipeline.errors import RunFailed
@@ -18,10 +17,9 @@ from pipeline.job import Job
 DEMO = ("experiment=demo", "data.limit=40", "data.chunk_rows=16")
 
 
-def another_run(run_json: Path) -> None:
+def another_run(out: Path) -> None:
     """Make run.json tell of another run, as if somebody had removed it and begun again."""
-    values = json.loads(run_json.read_text())
-    run_json.write_text(json.dumps({**values, "run_id": uuid.uuid4().hex, "summary": None}))
+    put_run_json(out, {**run_json(out), "run_id": uuid.uuid4().hex, "summary": None})
 
 
 def test_a_process_whose_run_json_was_replaced_publishes_nothing(tmp_path: Path) -> None:
@@ -30,7 +28,7 @@ def test_a_process_whose_run_json_was_replaced_publishes_nothing(tmp_path: Path)
     (tmp_path / "results" / "part-000000-000000000016.parquet").unlink()
     with job.output.claims() as claims:
         sink = job.sink(claims.attempt)
-        another_run(tmp_path / "run.json")
+        another_run(tmp_path)
         with pytest.raises(RunFailed, match=r"run\.json is not the one this process started with"):
             sink.commit(job.chunks[1], pq.read_table(tmp_path / "results").slice(0, 16), {})
     assert len(list((tmp_path / "results").glob("*.parquet"))) == 2
@@ -39,7 +37,7 @@ def test_a_process_whose_run_json_was_replaced_publishes_nothing(tmp_path: Path)
 
 def test_parts_of_another_run_are_not_taken_for_this_one(tmp_path: Path) -> None:
     run_here(*DEMO, f"output.dir={tmp_path}").done()
-    another_run(tmp_path / "run.json")
+    another_run(tmp_path)
     ended = run_here(*DEMO, f"output.dir={tmp_path}")
     assert ended.code == 1
     assert "was made by another run" in ended.err

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from echo import run_echo
-from harness import TINY, call, disk_state, ended, nothing_left_over, results, run_json, start, write
+from harness import TINY, call, disk_state, ended, nothing_left_over, put_run_json, results, run_json, start, write
 from stores import Place
 
 from pipeline import merge, status, verify
@@ -212,7 +212,7 @@ def test_other_libraries_are_told_and_marked(data: Path, out: Path, monkeypatch:
     run = run_json(out)
     now = run["informational"]["versions.torch"]
     run["informational"]["versions.torch"] = "2.0"
-    (out / "run.json").write_text(json.dumps(run))
+    put_run_json(out, run)
     quiet = run_echo(monkeypatch, *command).done()
     assert "libraries" not in quiet.err, "nothing is computed with them"
     write(data / "b.parquet", {"prompt": ["d"]})

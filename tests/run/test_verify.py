@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import Ended, call, disk_state, label_args, parts, run_here, run_json, write
+from harness import Ended, call, disk_state, label_args, parts, put_run_json, run_here, run_json, write
 from stores import Place
 
 from pipeline import verify
@@ -65,9 +64,9 @@ def test_what_is_no_output_is_refused(tmp_path: Path, copy: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def flip(part: Path) -> None:
+def flip(part: Path, at: int = 40) -> None:
     content = bytearray(part.read_bytes())
-    content[40] ^= 1  # in the first page
+    content[at] ^= 1  # by default in the first page
     part.write_bytes(content)
 
 
@@ -102,6 +101,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other schema": (lambda p: rewrite(p, lambda t: t.drop_columns(["error"])), "has the columns prompt: string"),
     "counts": (lambda p: rewrite(p, column("prompt_tokens", lambda v: [9, *v[1:]])), "committed with prompt_tokens="),
     "reason": (lambda p: rewrite(p, column("finish_reason", lambda v: ["x", *v[1:]])), "finish_reason x"),
+    "an answer": (lambda p: rewrite(p, column("completion", lambda v: ["?", *v[1:]])), "has other bytes than were"),
+    "a bit between pages": (lambda p: flip(p, 20), "has other bytes than were committed"),
     "error": (lambda p: rewrite(p, column("finish_reason", lambda v: ["error", *v[1:]])), "error without an error"),
     "other input": (lambda p: rewrite(p, column("prompt", lambda v: ["?", *v[1:]])), "holds other rows than"),
     "another chunk's": (lambda p: shutil.copy(parts(p.parents[1])[0], p), "should be 000000-000000000005"),
@@ -119,11 +120,25 @@ def test_damage_is_found(kind: str, copy: Path) -> None:
     assert "Traceback" not in found.err
 
 
+@pytest.mark.parametrize("change", [('"chunk_rows": 5', '"chunk_rows": 6'), ('"rows": 13', '"rows": 12'), ("}", "")])
+def test_a_damaged_run_json_is_refused_by_everybody(
+    finished: tuple[Path, list[str]], copy: Path, change: tuple[str, str]
+) -> None:
+    """Else a run would go on with other chunks, whose rows are there already, or without some rows."""
+    text = (copy / "run.json").read_text()
+    assert change[0] in text
+    (copy / "run.json").write_text(text.replace(change[0], change[1], 1))
+    assert "has a run.json that cannot be read" in verified(copy).refusal()
+    before = disk_state(copy)
+    assert "run.json that cannot be read" in run_here(*finished[1], f"output.dir={copy}").refusal()
+    assert disk_state(copy) == before
+
+
 def test_a_part_of_another_run_and_a_false_summary_are_found(copy: Path) -> None:
     changed = run_json(copy)
     changed["summary"]["rows"] = 24
     changed["run_id"] = "0" * 32
-    (copy / "run.json").write_text(json.dumps(changed))
+    put_run_json(copy, changed)
     out = verified(copy, "--first=3").out
     assert "says pipeline.run_id=" in out
     assert out.splitlines()[3].startswith("wrong: 3 more (--first 6"), out
@@ -154,7 +169,8 @@ def test_rows_are_answered_again_and_differences_told(
     rewrite(parts(copy)[0], changed)
     found = verified(copy, "--replay=100")
     assert found.code == 1
-    assert found.out.count("wrong: ") == 1, found.out
+    assert found.out.count("wrong: ") == 2, found.out
+    assert "has other bytes than were committed" in found.out
     assert "row 000000-000000000000: cumulative_logprob was -" in found.out
     found = verified(copy, "--replay=1", f"model.path={other_small_model}")
     assert found.code == 1 and "no row could be answered again: " in found.out and "model.files" in found.out
