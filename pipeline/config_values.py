@@ -197,6 +197,12 @@ def _labels(labels: Any) -> Mapping[str, str] | str:
     given = len(labels)
     if len(named) < 2 or len(named) != given or len(set(named.values())) != given or not all(named.values()):
         raise ConfigError(f"task.labels must be at least two different, non-empty labels, got {labels}")
+    alike = sorted(name for name in named if sum(other.casefold() == name.casefold() for other in named) > 1)
+    if alike:  # they become fields of a struct, and label_probs['no'] gives DuckDB the first of No and no
+        raise ConfigError(
+            f"task.labels has {', '.join(alike)}, which differ by case alone, so that DuckDB takes one for the other "
+            "in label_probs; give them other names: {no: 'no', upper_no: 'No'}"
+        )
     return named
 
 

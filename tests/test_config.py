@@ -337,6 +337,7 @@ MISTAKES = [
     (("task=label",), r"task\.labels is required and not set; add task\.labels=\.\.\."),
     (("task=label", "task.labels=[a]"), r"task\.labels must be at least two .* got \['a'\]"),
     (("task=label", "task.labels={a: x, b: x}"), r"task\.labels must be at least two different"),
+    (("task=label", "task.labels=['No', b, 'no']"), r"task\.labels has No, no, which differ by case alone"),
     (("task=label", "task.labels=[a,'']"), r"task\.labels must be at least two .*non-empty"),
     (("task=label", "task.labels=null"), r"task\.labels must be a list .* got None"),
     (("task=label", "task.labels=[true,false]"), r"task\.labels must hold texts, got True; quote"),

@@ -104,9 +104,11 @@ def _require_known(kept: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _require_free(kept: Sequence[str], added: Sequence[str]) -> None:
-    taken = [name for name in kept if name in added]
+    # In any case: `select completion` gives DuckDB, Spark and others the first of `Completion` and `completion`.
+    names = {name.casefold() for name in added}
+    taken = [name for name in kept if name.casefold() in names]
     if taken:
-        others = [name for name in kept if name not in added]
+        others = [name for name in kept if name not in taken]
         raise ConfigError(
             f"input columns {', '.join(taken)} have the names of output columns; set output.columns to the input "
             f"columns to keep without them: [{', '.join(others)}]"

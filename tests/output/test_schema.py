@@ -107,6 +107,16 @@ def test_a_collision_names_the_columns_and_the_remedy() -> None:
     assert results_schema(taken, ["id", "label"], "generate", {}).names == ["id", "label", *COMMON]
 
 
+def test_a_name_that_differs_by_case_alone_collides(tmp_path: Path) -> None:
+    """A reader that tells no case apart would give the input's column for the answer's."""
+    both = pa.table({"Completion": ["the input's"], "completion": ["the answer"]})
+    pq.write_table(both, tmp_path / "x.parquet")
+    asked = f"select completion from '{tmp_path / 'x.parquet'}'"
+    assert duckdb.sql(asked).fetchall() == [("the input's",)], "what is refused"
+    with pytest.raises(ConfigError, match=r"Completion have the names of output columns.*\[Prompt\]"):
+        results_schema(pa.schema([("Prompt", pa.string()), ("Completion", pa.string())]), None, "generate", {})
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
