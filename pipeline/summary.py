@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from pipeline.errors import RunFailed
 from pipeline.job import Job
 from pipeline.output.claims import Claims
 from pipeline.output.store import RESULTS
@@ -13,8 +14,14 @@ from pipeline.stats import last_stats, stats_since, together
 
 
 def summarize(job: Job, claims: Claims) -> dict[str, Any]:
-    """Totals over all Parts, of whichever process wrote them."""
+    """Totals over all Parts, of whichever process wrote them; RunFailed if these are not as many rows as the input's."""
     totals = job.sink(claims.attempt).totals(chunk.id for chunk in job.chunks)
+    if totals.get("rows", 0) != job.num_rows:
+        raise RunFailed(
+            f"{job.output.shown(RESULTS)} has a Part for every chunk, but with {totals.get('rows', 0):,} rows in all, "
+            f"and the input has {job.num_rows:,}; python -m pipeline.verify says which are wrong: remove these to have "
+            "their rows done again"
+        )
     counted = ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens")
     summary: dict[str, Any] = {"chunks": len(job.chunks), **{key: totals.get(key, 0) for key in counted}}
     if summary["error_rows"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from pathlib import Path
 
@@ -80,3 +81,16 @@ def test_a_column_called_row_leaves_the_whole_row_a_name(tmp_path: Path) -> None
         """task.prompt='{{ _row["odd name"] }} {{ row }}'""",
     ).done()  # fmt: skip
     assert pq.read_table(tmp_path / "out" / "results")["error"].null_count == 2
+
+
+def test_parts_with_other_rows_than_the_input_are_told(tmp_path: Path) -> None:
+    """Whoever puts files among the Parts: a copy of the first one has 16 rows, and the last chunk 8."""
+    command = (*DEMO, f"output.dir={tmp_path}")
+    run_here(*command).done()
+    first, *_, last = sorted((tmp_path / "results").iterdir())
+    shutil.copy(first, last)
+    put_run_json(tmp_path, {**run_json(tmp_path), "summary": None})
+    found = run_here(*command)
+    assert found.code == 1 and "with 48 rows in all, and the input has 40; python -m pipeline.verify" in found.err
+    last.unlink()
+    assert "(40 rows" in run_here(*command).done().out
