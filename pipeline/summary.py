@@ -14,7 +14,7 @@ from pipeline.stats import last_stats, stats_since, together
 
 
 def summarize(job: Job, claims: Claims) -> dict[str, Any]:
-    """Totals over all Parts, of whichever process wrote them; RunFailed if these are not as many rows as the input's."""
+    """Totals over all Parts, whichever process wrote them; RunFailed if these are not as many rows as the input has."""
     totals = job.sink(claims.attempt).totals(chunk.id for chunk in job.chunks)
     if totals.get("rows", 0) != job.num_rows:
         raise RunFailed(

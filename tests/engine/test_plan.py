@@ -102,6 +102,29 @@ def test_long_slots_are_read_in_a_fixed_number_of_parts() -> None:
     assert {c.splits for c in make_plan(1 << 50, "cpu").length_classes} == {1}
 
 
+def classes_where_attention_stops(budget: int, **engine: Any) -> list[tuple[int, int]]:
+    plan = plan_engine(
+        LLAMA3,
+        EngineSettings(**engine),
+        longest=4096,
+        device_type="cpu",
+        kv_budget_bytes=budget,
+        kv_itemsize=2,
+        stops_at_length=True,
+    )
+    assert plan.kv_bytes <= budget
+    return [(c.slots, c.max_len) for c in plan.length_classes]
+
+
+def test_where_attention_stops_at_a_rows_end_short_classes_only_save_memory() -> None:
+    assert classes_where_attention_stops(40 * GIB) == [(64, 4096)]  # 65 * 4096 tokens of 128 KiB are 32.5 GiB
+    assert classes_where_attention_stops(20 * GIB) == [(64, 1024), (16, 4096)]  # 8.1 and 8.5 GiB
+    assert classes_where_attention_stops(14 * GIB) == [(64, 256), (16, 1024), (16, 4096)]
+    assert classes_where_attention_stops(13 * GIB)[0] == (64, 256)
+    assert classes_where_attention_stops(40 * GIB, slots=16) == [(16, 4096)]
+    assert classes_where_attention_stops(20 * GIB, slots=100) == [(112, 256), (16, 1024), (16, 4096)]
+
+
 def test_every_shape_is_told() -> None:
     plan = make_plan(1 << 50, longest=1024)
     assert plan.describe() == "4 static shapes: prefill 8192, decode 512 x 256, decode 128 x 1024, logits 256"

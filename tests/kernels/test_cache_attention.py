@@ -115,6 +115,25 @@ def test_a_slots_bits_do_not_depend_on_the_others(
     assert bool(out_beside_nan[0].isnan().all())
 
 
+@FLOAT8_CACHE
+@KERNELS
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_free_slot_gets_finite_numbers_and_changes_no_other(
+    splits: int, kernel: str, float8: bool, attend: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    q, layer, lengths = a_cache((4, 2, 32, 130, splits), torch.float32, float8)
+    rule = AttentionRule(0.2)
+    out, lse = attend(kernel, q, layer, lengths, rule, splits)
+    free = lengths.clone()
+    free[[1, 3]] = 0
+    out_beside, lse_beside = attend(kernel, q, layer, free, rule, splits)
+    assert bool(out_beside.isfinite().all())
+    assert torch.equal(out_beside[[0, 2, 4]], out[[0, 2, 4]])
+    assert torch.equal(lse_beside[[0, 2, 4]], lse[[0, 2, 4]])
+    none, _ = attend(kernel, q, layer, free * 0, rule, splits)
+    assert bool(none.isfinite().all())
+
+
 def test_a_plain_cache_has_the_bits_of_the_products_over_it() -> None:
     q, layer, lengths = a_cache((4, 2, 32, 130, 1), torch.float32, False)
     rule = AttentionRule(0.2, 40)
