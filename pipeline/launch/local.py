@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
 from typing import Any
 
 from pipeline.command import until_loaded
 from pipeline.console import Console, RowProgress
-from pipeline.errors import ConfigError, Interrupted, RunFailed
-from pipeline.job import Job
-from pipeline.output.claims import Claims
-from pipeline.process import ExitCode, Loading, Stopping
-from pipeline.retry import look_for_errors
-from pipeline.run import finish, may_begin, show_plan
+from pipeline.errors import ConfigError
+from pipeline.launch.crew import Crew, run_crew
+from pipeline.process import Stopping
+from pipeline.run import show_plan
 from pipeline.settings import LocalSettings, RunConfig
-from pipeline.versions import open_job, with_job
-
-LOOK_EVERY_S = 0.1
+from pipeline.versions import with_job
 
 
 def run_processes(config: RunConfig, arguments: Sequence[str], console: Console, stopping: Stopping) -> int:
@@ -35,56 +27,10 @@ def run_processes(config: RunConfig, arguments: Sequence[str], console: Console,
 
     `arguments` are the command line that `config` was made of. Raises what `run` raises.
     """
-    since = datetime.now(UTC)
     with until_loaded(console, stopping) as loading:
         if config.dry_run:
             return with_job(config, lambda job: show_plan(job, console))
-        return _run_processes(config, arguments, console, stopping, loading, since)
-
-
-def _run_processes(
-    config: RunConfig,
-    arguments: Sequence[str],
-    console: Console,
-    stopping: Stopping,
-    loading: Loading,
-    since: datetime,
-) -> int:
-    job = open_job(config)
-    look_for_errors(job)
-    with job.output.claims() as claims:
-        if not may_begin(job, claims, console):
-            return ExitCode.NOT_DONE
-        if job.is_answered():
-            return finish(job, claims, console)
-        crew = Crew(_workers(config, arguments), console)
-        loading.over()
-        codes = crew.work(job, stopping)
-        after = open_job(config)  # by now there is a run.json
-        after.keep_to_registered()
-        if ExitCode.DONE not in codes:  # else somebody has seen all of them done again; errors may have come again
-            look_for_errors(after)
-        same = after.version == job.version  # or the workers' device asked for another one
-        with nullcontext(claims) if same else after.output.claims() as own:
-            return _conclude(after, own, codes, console, stopping, since)
-
-
-def _conclude(
-    job: Job, claims: Claims, codes: Sequence[int], console: Console, stopping: Stopping, since: datetime
-) -> ExitCode:
-    """What came out, by the rows that are there, and else by the workers' exit codes."""
-    if job.is_answered():
-        return finish(job, claims, console, since)
-    if ExitCode.BAD_CONFIG in codes:
-        return ExitCode.BAD_CONFIG
-    failed = sum(code not in (ExitCode.DONE, ExitCode.NOT_DONE) for code in codes)
-    if failed:
-        raise RunFailed(
-            f"{failed} of {len(codes)} processes failed and not all rows are done; run the same command again"
-        )
-    if stopping():
-        raise Interrupted("stopped by a signal")
-    return finish(job, claims, console)
+        return run_crew(config, lambda: LocalCrew(_workers(config, arguments), console), console, stopping, loading)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,36 +95,26 @@ class _Worker:
             self.process.stdin.flush()
 
 
-class Crew:
-    """The workers of one run, from their start to the end of the last one."""
+class LocalCrew(Crew[tuple[_Worker, str | None]]):
+    """Processes that are children of this one; what they say is lines of JSON, and None at their end."""
 
     def __init__(self, starts: Sequence[WorkerStart], console: Console) -> None:
-        """Nothing is started yet."""
+        super().__init__(console)
         self._starts = starts
-        self._console = console
         self._workers: list[_Worker] = []
-        self._said: queue.Queue[tuple[_Worker, str | None]] = queue.Queue()
-        self._noted: set[str] = set()
-        self._stopped = False
 
-    def work(self, job: Job, stopping: Stopping) -> list[int]:
-        """Start the workers and hear them to their end; returns their exit codes. A signal is passed on."""
-        done_before = job.num_rows - sum(chunk.num_rows for chunk in job.pending())
-        with ExitStack() as stack:
-            stack.callback(self._end)
-            for start in self._starts:
-                self._start(start)
+    def _begin(self) -> None:
+        for start in self._starts:
+            self._start(start)
 
-            @cache
-            def progress() -> RowProgress:  # from the first rows on, when the models are loaded
-                return stack.enter_context(self._console.rows(job.num_rows, done_before))
+    def _is_over(self) -> bool:
+        return all(worker.code is not None for worker in self._workers)
 
-            while any(worker.code is None for worker in self._workers):
-                if stopping() and not self._stopped:
-                    self._stopped = True
-                    self._tell("stop")
-                self._hear(progress)
+    def _codes(self) -> list[int]:
         return [worker.code for worker in self._workers if worker.code is not None]
+
+    def _stop(self) -> None:
+        self._tell("stop")
 
     def _start(self, start: WorkerStart) -> None:
         process = subprocess.Popen(  # noqa: S603  # this Python and this package
@@ -195,37 +131,20 @@ class Crew:
         worker.process.wait()  # first really ended, so that its claims are seen to be free
         self._said.put((worker, None))
 
-    def _hear(self, progress: Callable[[], RowProgress]) -> None:
-        """Take in one thing that a worker says, if any does."""
-        try:
-            worker, line = self._said.get(timeout=LOOK_EVERY_S)
-        except queue.Empty:
-            return
+    def _take_in(self, said: tuple[_Worker, str | None], progress: Callable[[], RowProgress]) -> None:
+        worker, line = said
         if line is None:
             self._ended(worker)
             return
         told: dict[str, Any] = json.loads(line)
-        if "rows" in told:
-            progress().advance(told["rows"], told["tokens"])
-        elif "note" in told:
-            self._note(told["note"])
-        else:
+        if "idle" in told:
             worker.idle = told["idle"]
             self._tell_busy()
-
-    def _note(self, text: str) -> None:
-        """What several workers say is said once."""
-        if text not in self._noted and not self._stopped:
-            self._noted.add(text)
-            self._console.note(text)
+        self._show(told, progress)
 
     def _ended(self, worker: _Worker) -> None:
         worker.code = worker.process.returncode
-        if worker.code not in (ExitCode.DONE, ExitCode.NOT_DONE) and not self._stopped:
-            number, how = self._workers.index(worker), _how_ended(worker.code)
-            self._console.note(
-                f"process {number} (pid {worker.process.pid}) {how}; what it had begun is left to the others"
-            )
+        self._note_failure(worker.code, f"process {self._workers.index(worker)} (pid {worker.process.pid})")
         self._tell_busy()
 
     def _tell_busy(self) -> None:
@@ -246,7 +165,3 @@ class Crew:
                 if stream is not None:
                     with suppress(BrokenPipeError):
                         stream.close()
-
-
-def _how_ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
