@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> int:
-    """Run as the launcher says: here, in several processes of this machine, or by Slurm."""
+    """Run as the launcher says: here, in several processes of this machine, on a Ray cluster, or by Slurm."""
     from pipeline.config import load_config
     from pipeline.launch.place import place_of
     from pipeline.run import run
-    from pipeline.settings import LocalSettings
+    from pipeline.settings import LocalSettings, RaySettings
 
     settings = load_config(arguments, place_of(os.environ, time.time()))
     if isinstance(settings.launcher, LocalSettings):
@@ -41,6 +41,11 @@ def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> in
         from pipeline.launch.local import run_processes
 
         return run_processes(settings, arguments, console, stopping)
+    if isinstance(settings.launcher, RaySettings):
+        from pipeline.launch.ray import run_on_ray
+
+        config.refuse_credentials(arguments, "a worker's command line on every node")
+        return run_on_ray(settings, arguments, console, stopping)
     from pipeline.submit import submit
 
     return submit(arguments, console)

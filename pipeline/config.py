@@ -206,6 +206,12 @@ def credentials_in(overrides: Sequence[str]) -> list[str]:
     ]
 
 
+def refuse_credentials(overrides: Sequence[str], where: str) -> None:
+    """Raise ConfigError for the first override that would show a credential in a place that others see."""
+    for key in credentials_in(overrides):
+        raise ConfigError(f"{key} would be seen in {where}; leave it to the environment, as in {key}=${{oc.env:NAME}}")
+
+
 def _nested(key: str, value: Any) -> Any:
     """A dotted key as maps in maps, texts without the parser's quotes."""
     plain = OmegaConf.to_container(

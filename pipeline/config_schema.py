@@ -17,6 +17,12 @@ RETRIES = (None, "failed")
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
 MISSING: Any = "???"
 
+# Of keys that several launchers have.
+PROCESSES = "that share the work; if null one (local), or one for each GPU of the cluster, else one (ray)"
+CPUS = "cores of a task (slurm) or process (ray; an even share if null)"
+SHARED = "the compute nodes see the same files, although they look like this machine's own"
+MARGIN = "seconds before the end of its Slurm job at which a process stops and saves"
+
 
 def doc(default: Any, text: str) -> Any:
     """A schema field: its default and the line that `--help` shows."""
@@ -201,15 +207,15 @@ class ShardSchema:
 @dataclass
 class LauncherSchema:
     kind: str = MISSING
-    gpus: Any = doc(None, "local: a number or all, one process for each; slurm: number for each task, 1 if null")
+    gpus: Any = doc(None, "local: a number or all, one process for each; slurm, ray: number for each task or process")
     lock: bool = doc(False, "end with 75 while another run with launcher.lock works on the output (for schedules)")
 
 
 @dataclass
 class LauncherLocalSchema(LauncherSchema):
     kind: str = "local"
-    processes: int | None = doc(None, "processes of this machine that share the work; one if null")
-    margin_s: float = doc(60.0, "seconds before the end of its Slurm job at which a process stops and saves")
+    processes: int | None = doc(None, PROCESSES)
+    margin_s: float = doc(60.0, MARGIN)
 
 
 @dataclass
@@ -221,14 +227,27 @@ class LauncherSlurmSchema(LauncherSchema):
     partition: str | None = doc(None, "partition of the tasks")
     account: str | None = doc(None, "account that pays")
     qos: str | None = doc(None, "quality of service")
-    cpus: int | None = doc(None, "cores of a task")
+    cpus: int | None = doc(None, CPUS)
     mem: str | None = doc(None, "memory of a task, as sbatch --mem takes it")
     requeues: int = doc(20, "how often a task may be put back in the queue")
     name: str = doc("pipeline", "name of the jobs")
     logs: str | None = doc(None, "folder of the jobs' logs; slurm/ in the output folder if null")
     options: list[str] = doc([], "further options of sbatch")
-    shared: bool = doc(False, "the compute nodes see the same files, although they look like this machine's own")
+    shared: bool = doc(False, SHARED)
     network: bool = doc(False, "the compute nodes can fetch the model themselves")
+
+
+@dataclass
+class LauncherRaySchema(LauncherSchema):
+    kind: str = "ray"
+    processes: int | None = doc(None, PROCESSES)
+    cpus: int | None = doc(None, CPUS)
+    address: str | None = doc(
+        None, "host:port of the cluster; if null RAY_ADDRESS, else the one on this machine, else a new one"
+    )
+    env: list[str] = doc([], "names of variables that the processes get from this environment")
+    shared: bool = doc(False, SHARED)
+    margin_s: float = doc(60.0, MARGIN)
 
 
 @dataclass
@@ -261,5 +280,5 @@ GROUP_SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "sampling": {"base": SamplingSchema},
     "engine": {"base": EngineSchema},
     "output": {"base": OutputSchema},
-    "launcher": {"local": LauncherLocalSchema, "slurm": LauncherSlurmSchema},
+    "launcher": {"local": LauncherLocalSchema, "ray": LauncherRaySchema, "slurm": LauncherSlurmSchema},
 }

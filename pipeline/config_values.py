@@ -23,6 +23,7 @@ from pipeline.settings import (
     ModelConfig,
     ModelSettings,
     OutputSettings,
+    RaySettings,
     RunConfig,
     SamplingSettings,
     ShardSettings,
@@ -299,9 +300,11 @@ def _shard(values: Mapping[str, Any], place: Place) -> ShardSettings:
     return shard
 
 
-def _launcher(values: Mapping[str, Any]) -> LocalSettings | SlurmSettings:
+def _launcher(values: Mapping[str, Any]) -> LocalSettings | SlurmSettings | RaySettings:
     if values["kind"] == "local":
         return _local(values)
+    if values["kind"] == "ray":
+        return _ray(values)
     for key in ("tasks", "at_once", "cpus"):
         _positive(f"launcher.{key}", values[key])
     _not_negative("launcher.requeues", values)
@@ -325,6 +328,25 @@ def _local(values: Mapping[str, Any]) -> LocalSettings:
     return LocalSettings(
         processes=processes, gpus=gpus, margin_s=_not_negative("launcher.margin_s", values), lock=values["lock"]
     )
+
+
+def _ray(values: Mapping[str, Any]) -> RaySettings:
+    for key in ("processes", "cpus"):
+        _positive(f"launcher.{key}", values[key])
+    if values["gpus"] is not None and (type(values["gpus"]) is not int or values["gpus"] not in (0, 1)):
+        raise ConfigError(
+            f"launcher.gpus must be 0, 1 or null, got {values['gpus']}; a process uses one GPU, and launcher.processes "
+            "says how many there are"
+        )
+    address = values["address"]
+    if address is not None and address not in ("auto", "local") and not re.fullmatch(r"[^/\s]+:\d+", address):
+        raise ConfigError(
+            f"launcher.address must be host:port, auto, local or null, got {address}; start this on a machine of the "
+            "cluster, since ray:// addresses are for clients outside it"
+        )
+    _not_negative("launcher.margin_s", values)
+    known = {key: value for key, value in values.items() if key not in ("kind", "env")}
+    return RaySettings(**known, env=tuple(values["env"]))
 
 
 def _names(key: str, values: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -22,7 +22,7 @@ from pipeline.planning import plan_of, write_plan
 from pipeline.process import ExitCode, Loading, Stopping
 from pipeline.report.page import write_report
 from pipeline.retry import look_for_errors
-from pipeline.settings import LocalSettings, RunConfig
+from pipeline.settings import RunConfig, SlurmSettings
 from pipeline.shift import Shift, check_time
 from pipeline.stats import IntervalRecorder, RunStats, process_age_s, with_identity, write_stats
 from pipeline.summary import summarize, summary_lines
@@ -91,7 +91,8 @@ def _work(
 
 def may_begin(job: Job, claims: Claims, console: Console) -> bool:
     """With launcher.lock, whether no other such run is at work on this output; then it is kept out from now on."""
-    if not (isinstance(job.config.launcher, LocalSettings) and job.config.launcher.lock):
+    launcher = job.config.launcher
+    if isinstance(launcher, SlurmSettings) or not launcher.lock:  # `submit` asks the queue
         return True
     if claims.try_claim(SCHEDULE_CLAIM):
         return True
@@ -313,7 +314,7 @@ def _until(stopping: Stopping, items: Iterator[Any]) -> Iterator[Any]:
 
 def _walltime(config: RunConfig) -> Walltime:
     launcher = config.launcher
-    return Walltime(config.place.ends_at, launcher.margin_s if isinstance(launcher, LocalSettings) else 0.0)
+    return Walltime(config.place.ends_at, 0.0 if isinstance(launcher, SlurmSettings) else launcher.margin_s)
 
 
 def finish(job: Job, claims: Claims, console: Console, since: datetime | None = None) -> ExitCode:

@@ -176,6 +176,24 @@ class SlurmSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RaySettings:
+    """`launcher=ray`: actors of a Ray cluster, each with a process; None is by what the cluster has.
+
+    `address` None is Ray's own choice. `cpus` and `gpus` are what a process reserves, `env` the names of variables that
+    it gets from here. `shared` is what a user knows of the nodes; `margin_s` and `lock` are as for `launcher=local`.
+    """
+
+    processes: int | None = None
+    gpus: int | None = None
+    cpus: int | None = None
+    address: str | None = None
+    env: tuple[str, ...] = ()
+    shared: bool = False
+    margin_s: float = 60.0
+    lock: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """A whole run, resolved; `resolved` is the same as plain JSON values, for run.json and the stats.
 
@@ -193,7 +211,7 @@ class RunConfig:
     dry_run: bool
     max_error_rate: float
     resolved: Mapping[str, Any]
-    launcher: LocalSettings | SlurmSettings = LocalSettings()
+    launcher: LocalSettings | SlurmSettings | RaySettings = LocalSettings()
     place: Place = ALONE
     retry: str | None = None
 

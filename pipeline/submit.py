@@ -79,12 +79,7 @@ def submit(overrides: Sequence[str], console: Console) -> ExitCode:
     job_overrides = [o for o in overrides if not _is_ours(o)]
     if isinstance(config.load_config(job_overrides).launcher, SlurmSettings):
         job_overrides.append("launcher=local")  # an experiment's choice of launcher is for this command alone
-    secrets = config.credentials_in(job_overrides)
-    if secrets:
-        raise ConfigError(
-            f"{secrets[0]} would be seen in the job's command line; leave it to the environment, as in "
-            f"{secrets[0]}=${{oc.env:NAME}}"
-        )
+    config.refuse_credentials(job_overrides, "the job's command line")
     check(config.load_config(job_overrides), launcher)
     script = script_of(settings, launcher, job_overrides)
     if settings.dry_run:

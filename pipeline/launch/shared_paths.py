@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.data.files import is_url
+from pipeline.errors import ConfigError
+from pipeline.settings import RunConfig
 
 SHARED_TYPES = (
     "9p", "acfs", "afs", "beegfs", "ceph", "cifs", "dvs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2",
@@ -12,6 +17,7 @@ SHARED_TYPES = (
 )  # fmt: skip
 """File systems that several machines mount at once."""
 MOUNTS = Path("/proc/self/mountinfo")
+SHOWN_NODES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +31,24 @@ class Mount:
     def shared(self) -> bool:
         """Whether other machines can mount it too; what runs in user space (fuse.*) is given the benefit of doubt."""
         return self.kind in SHARED_TYPES or self.kind.startswith("fuse.")
+
+
+def refuse_unshared(config: RunConfig, model_folder: Path | None, elsewhere: Sequence[str], whose: str) -> None:
+    """Raise ConfigError for a path that the nodes `elsewhere` do not see; `model_folder` None: they fetch the model.
+
+    `whose` says in the message what runs there.
+    """
+    paths = [("output.dir", config.output.dir), ("the current folder", str(Path.cwd()))]
+    paths += [] if model_folder is None else [("model.path", str(model_folder))]
+    paths += [("data.path", p) for p in config.data.path if config.data.kind != "hub" or Path(p).expanduser().exists()]
+    nodes = ", ".join(elsewhere[:SHOWN_NODES]) + (", ..." if len(elsewhere) > SHOWN_NODES else "")
+    for key, path in paths:
+        mount = mount_of(Path(path), MOUNTS.read_text(encoding="utf-8"))
+        if not is_url(path) and not mount.shared:
+            raise ConfigError(
+                f"{key}={path} is on a file system of this machine alone ({mount.kind} at {mount.point}), and {whose} "
+                f"{nodes}; put it on a shared one, or set launcher.shared=true if the nodes see it all the same"
+            )
 
 
 def mount_of(path: Path, mounts: str) -> Mount:

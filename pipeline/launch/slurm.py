@@ -13,12 +13,11 @@ from pathlib import Path
 from pipeline.console import Console
 from pipeline.data.files import is_url, local_path
 from pipeline.errors import ConfigError, RunFailed
-from pipeline.launch.shared_paths import MOUNTS, mount_of
+from pipeline.launch.shared_paths import refuse_unshared
 from pipeline.redaction import redacted_url
 from pipeline.settings import RunConfig, SlurmSettings
 
 PACKAGE = Path(__file__).parents[1]
-SHOWN_NODES = 3
 
 
 def jobs_folder() -> Path:
@@ -89,17 +88,7 @@ def check_paths(config: RunConfig, settings: SlurmSettings, model_folder: Path |
     elsewhere = [] if settings.shared else nodes_elsewhere(settings)
     if not elsewhere:
         return
-    paths = [("output.dir", config.output.dir), ("the current folder", str(Path.cwd()))]
-    paths += [] if model_folder is None else [("model.path", str(model_folder))]
-    paths += [("data.path", p) for p in config.data.path if config.data.kind != "hub" or Path(p).expanduser().exists()]
-    nodes = ", ".join(elsewhere[:SHOWN_NODES]) + (", ..." if len(elsewhere) > SHOWN_NODES else "")
-    for key, path in paths:
-        mount = mount_of(Path(path), MOUNTS.read_text(encoding="utf-8"))
-        if not is_url(path) and not mount.shared:
-            raise ConfigError(
-                f"{key}={path} is on a file system of this machine alone ({mount.kind} at {mount.point}), and the jobs "
-                f"run on {nodes}; put it on a shared one, or set launcher.shared=true if the nodes see it all the same"
-            )
+    refuse_unshared(config, model_folder, elsewhere, "the jobs run on")
 
 
 def nodes_elsewhere(settings: SlurmSettings) -> list[str]:
