@@ -187,8 +187,9 @@ class RayCrew(Crew[Told | None]):
 
     def _hear_worker(self, worker: int, told: Told, progress: Callable[[], RowProgress]) -> None:
         if told.get("lost"):
-            self._note(f"worker {worker} is lost with its node {told['lost'][0]}; it begins again on {told['begun']}")
-        if "log" in told:
+            self._note(f"worker {worker} on {told['lost'][0]} is lost; Ray begins it again on {told['begun']}")
+        if "log" in told and told["log"] not in self._noted:  # libraries warn in every process
+            self._noted.add(told["log"])
             self._console.note(f"worker {worker}: {told['log']}")
         if "ended" in told:
             self._ended[worker] = told["ended"]

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import signal
 import sys
 import threading
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     try:
         found = _connect(address, may_start)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        return _tell(wire, refused=" ".join(str(error).split()))
+        return _tell(wire, refused=_refusal(error))
     for number in STOP_SIGNALS:  # the parent has them too, and says what is to be done
         signal.signal(number, signal.SIG_IGN)
     _tell(wire, nodes=_nodes() if found else None)
@@ -81,8 +82,21 @@ def _connect(address: str | None, may_start: bool) -> bool:
         if os.environ.get("RAY_ADDRESS"):
             raise
     if may_start:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the user's home
         ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
     return may_start
+
+
+def _refusal(error: BaseException) -> str:
+    """Ray's sentence, and what it hides: that the cluster wants a token."""
+    text, cause = " ".join(str(error).split()), error.__cause__ or error.__context__
+    while cause is not None:
+        if "authenticat" in str(cause).lower():
+            return (
+                f"{text}: the cluster asks for its token, so set RAY_AUTH_MODE=token (and RAY_AUTH_TOKEN or its file)"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return text
 
 
 def _nodes() -> list[Mapping[str, Any]]:
