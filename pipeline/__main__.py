@@ -42,9 +42,10 @@ def launch(arguments: Sequence[str], console: Console, stopping: Stopping) -> in
 
         return run_processes(settings, arguments, console, stopping)
     if isinstance(settings.launcher, RaySettings):
+        from pipeline.config import refuse_credentials
         from pipeline.launch.ray import run_on_ray
 
-        config.refuse_credentials(arguments, "a worker's command line on every node")
+        refuse_credentials(arguments, "a worker's command line on every node")
         return run_on_ray(settings, arguments, console, stopping)
     from pipeline.submit import submit
 

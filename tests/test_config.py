@@ -161,6 +161,7 @@ SAMPLES = {
     "output.storage_options": "{anon: true}",
     "shard.index": "1",
     "launcher.gpus": "2",
+    "launcher.address": "head:6379",
     "retry": "failed",
 }
 """A value other than the default, for the keys where the type alone does not give one."""

@@ -13,7 +13,17 @@ import pytest
 
 import pipeline
 
-HEAVY = ("torch", "transformers", "bitsandbytes", "bitblas", "triton", "datasets", "accelerate", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "bitblas",
+    "triton",
+    "datasets",
+    "accelerate",
+    "huggingface_hub",
+    "ray",
+)
 NEEDS_TORCH = (
     "pipeline.engine.attention",
     "pipeline.engine.dedup",

@@ -32,6 +32,9 @@ from pipeline.versions import with_job
 
 EXTRA = "quantized-batch-pipeline[ray]"
 PROBE_S = 5.0
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}
+"""For the process that speaks with Ray; the last one, since Ray Data's threads would start a new Ray after the end."""
+LOOK_S = 0.1
 CONNECT_S = 60.0
 """Longest wait for a cluster whose port answers."""
 END_S = 30.0
@@ -216,7 +219,7 @@ class RayDriver:
         command = [sys.executable, "-m", "pipeline.launch.ray_driver", self._address or ""]
         self._process = process = subprocess.Popen(  # noqa: S603  # this Python and this package
             [*command, "start" if self._may_start else "look"],
-            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"},
+            env=os.environ | QUIET,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -284,9 +287,6 @@ class RayDriver:
     def _asked(self) -> str:
         named = os.environ.get("RAY_ADDRESS")
         return f"RAY_ADDRESS={named}" if self._address is None and named else f"launcher.address={self._address}"
-
-
-LOOK_S = 0.1
 
 
 def refuse_unreachable(address: str | None) -> None:

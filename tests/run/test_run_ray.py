@@ -209,13 +209,18 @@ def test_a_ray_of_its_own_where_there_is_none(small_model: Path, many: Path, alo
     assert not psutil.wait_procs(below, timeout=30)[1]
 
 
-def test_a_cluster_whose_head_dies(small_model: Path, many: Path, alone: pa.Table, tmp_path: Path) -> None:
+def test_when_ray_dies_under_the_driver(
+    small_model: Path, many: Path, alone: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # instead of a minute
     out = tmp_path / "out"
     with cluster() as made:
         process = start(*args(small_model, many, out, *on(made, 1)))
         begun(out, process)
-        made.head.kill()
+        workers = made.head.workers()
+        next(one for one in made.head.look() if one.name() == "raylet").kill()
         failed = ended(process)
+        assert workers and not psutil.wait_procs(workers, timeout=30)[1]
     assert failed.code == 1, failed.err
     assert failed.err.splitlines()[-1].startswith("error: Ray has"), failed.err
     assert "Traceback" not in failed.err
