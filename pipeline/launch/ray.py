@@ -38,8 +38,6 @@ LOOK_S = 0.1
 CONNECT_S = 60.0
 """Longest wait for a cluster whose port answers."""
 END_S = 30.0
-NO_ROOM_S = 30.0
-"""After which a person wants to know that nobody has begun."""
 
 Told = dict[str, Any]
 
@@ -181,6 +179,8 @@ class RayCrew(Crew[Told | None]):
                                 "have; run the same command again")  # fmt: skip
             return
         if "failed" in said:
+            for line in self._driver.words:
+                self._console.note(line)
             raise RunFailed(f"Ray has failed: {said['failed']}; run the same command again")
         if "over" in said:
             self._over = True
@@ -211,7 +211,7 @@ class RayDriver:
         self._address = settings.address
         self._may_start = may_start
         self._process: subprocess.Popen[str] | None = None
-        self._words: deque[str] = deque(maxlen=50)
+        self.words: deque[str] = deque(maxlen=50)
 
     def start(self, hear: Callable[[Told | None], None]) -> None:
         """Start it; `hear` is called in a thread. Raises ConfigError where nobody listens."""
@@ -238,7 +238,7 @@ class RayDriver:
 
         def keep() -> None:
             assert process.stderr is not None
-            self._words.extend(line.strip() for line in process.stderr if line.strip())
+            self.words.extend(line.strip() for line in process.stderr if line.strip())
 
         for body in (listen, keep):
             threading.Thread(target=body, daemon=True).start()
@@ -269,7 +269,7 @@ class RayDriver:
 
     def last_words(self) -> str:
         """The last line that it or Ray has written."""
-        return self._words[-1] if self._words else "nothing was said"
+        return self.words[-1] if self.words else "nothing was said"
 
     def end(self) -> None:
         """Let it end, which ends the workers."""

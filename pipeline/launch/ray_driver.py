@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if asked:
         try:
             _work(json.loads(asked), wire)
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, RuntimeError) as error:
             return _tell(wire, failed=_sentence(error))
     if found:
         ray.shutdown()
@@ -110,22 +110,25 @@ def _nodes() -> list[Mapping[str, Any]]:
 
 
 def _work(asked: Mapping[str, Any], wire: TextIO) -> None:
-    """Have all shards worked on; raises RayError."""
+    """Have all shards worked on; raises RayError or RuntimeError."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(ray_shard)  # else the nodes' Ray would have to find it, and says it badly
     desk = _open_desk(asked["start"])
     stop, rows = threading.Event(), queue.SimpleQueue[Any]()
     threading.Thread(target=_listen, args=(stop,), daemon=True).start()
-    threading.Thread(target=_iterate, args=(asked, desk, rows), daemon=True).start()
+    data = threading.Thread(target=_iterate, args=(asked, desk, rows), daemon=True)
+    data.start()
     codes: dict[int, int] = {}
     for lines, living in _heard(desk, stop):
-        over = False
+        over, at_work = False, data.is_alive()
         for row in _taken(rows):
             if isinstance(row, Exception):
                 raise row
             over = over or row is None
             codes |= {} if row is None else {row["shard"]: row["code"]}
+        if not over and not at_work:
+            raise RuntimeError("Ray Data has ended with an error that is none of Ray's; standard error has it")
         done = 0 in codes.values()  # then all rows are; who waits for room or for its node has nothing to do
         if over or ((done or stop.is_set()) and not living):
             lines += _take(desk, True)[0]

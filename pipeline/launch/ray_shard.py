@@ -26,6 +26,8 @@ LIVING_S = 15.0
 """Who was silent for longer is not waited for."""
 GHOST_S = 75.0
 """Who was silent for longer holds no chunks any more: longer than the lease of a claim (`output/claims.py`)."""
+LAST_WORDS_S = 2.0
+"""Longest wait for the end of standard error, which a process below the worker may hold open."""
 KEPT_LINES = 5_000
 BAD_CONFIG, NOT_DONE = 2, 75
 """As in `process.ExitCode`; Ray sends this module to its nodes as it is, so it imports nothing of ours."""
@@ -156,13 +158,14 @@ def _relay(process: subprocess.Popen[str], talk: Callable[[list[Told]], list[str
     for reader in readers:
         reader.start()
     orders: list[str] = []
-    while any(reader.is_alive() for reader in readers):
+    while readers[0].is_alive():
         fresh = talk(list(_drained(said)))
         if fresh != orders:
             orders = fresh
             _give(process.stdin, orders)
         readers[0].join(TALK_EVERY_S)
     code = process.wait()
+    readers[1].join(LAST_WORDS_S)
     talk([*_drained(said), {"ended": code}])
 
 

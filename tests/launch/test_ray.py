@@ -20,7 +20,9 @@ from pipeline.__main__ import main
 from pipeline.console import Console
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.launch.crew import _conclude
+from pipeline.launch.place import device_index, place_of
 from pipeline.launch.ray import RayCrew, RayNode, plan_workers, refuse_elsewhere, refuse_unreachable, start_of
+from pipeline.launch.ray_driver import _refusal
 from pipeline.launch.ray_shard import GHOST_S, LIVING_S, Desk, run_worker
 from pipeline.settings import RaySettings
 
@@ -84,6 +86,12 @@ def test_a_shard_of_a_shard_and_the_environment_that_goes_along(monkeypatch: pyt
     assert start["cwd"] == os.getcwd()
 
 
+def test_the_one_gpu_that_ray_shows_is_the_workers_own() -> None:
+    """Ray sets CUDA_VISIBLE_DEVICES to one device, which is number 0 whatever the rank."""
+    place = place_of({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "3"}, now=0.0)
+    assert (place.local_count, device_index(place, devices=1)) == (4, 0)
+
+
 def test_the_launcher_is_not_in_the_fingerprint() -> None:
     from pipeline.job import Job
 
@@ -130,6 +138,13 @@ def test_an_address_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="start this on a machine of the cluster"):
         refuse_unreachable(None)
     refuse_unreachable("local")
+
+
+def test_a_cluster_that_wants_a_token() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster")
+    assert _refusal(error) == "Failed to connect to Ray cluster"
+    error.__cause__ = RuntimeError("Unauthenticated: RPC error: InvalidAuthToken")
+    assert "set RAY_AUTH_MODE=token" in _refusal(error)
 
 
 def test_it_is_said_soon(tmp_path: Path) -> None:

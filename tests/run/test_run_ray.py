@@ -134,15 +134,14 @@ def test_begun_by_a_slurm_task_and_by_hand_finished_by_ray(
     assert (after["run_id"], after["fingerprint"]) == (before["run_id"], before["fingerprint"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_stops_the_workers_and_they_save(
-    number: signal.Signals, ray: Cluster, small_model: Path, many: Path, alone: pa.Table, tmp_path: Path
+    ray: Cluster, small_model: Path, many: Path, alone: pa.Table, tmp_path: Path
 ) -> None:
     """There is room for one of the two workers: the other one is not waited for."""
     out = tmp_path / "out"
     process = start(*args(small_model, many, out, *on(ray)))
     begun(out, process)
-    process.send_signal(number)
+    process.terminate()
     stopped = ended(process)
     assert stopped.code == 75, stopped.err
     assert stopped.err.count("stopped by a signal; what is committed stays; run the same command again") == 1
