@@ -112,17 +112,30 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
-    """A cluster of a head alone; under a short path, since sockets' names are short."""
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray's files under a short path, since sockets' names are short."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A cluster of a head alone, whose nodes are all gone afterwards."""
+    with short_folder() as folder:
+        made = Cluster(folder, free_port())
+        try:
+            made.add()
+            yield made
+        finally:
+            for node in reversed(made.nodes):
+                node.kill()
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = Cluster(folder, port)
-    try:
-        made.add()
-        yield made
-    finally:
-        for node in reversed(made.nodes):
-            node.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+        port: int = free.getsockname()[1]
+        return port

@@ -28,7 +28,7 @@ from harness import (
 )
 
 pytest.importorskip("ray")
-from ray_lab import Cluster, Node, cluster
+from ray_lab import Cluster, Node, cluster, short_folder
 
 pytestmark = pytest.mark.slow
 
@@ -197,15 +197,18 @@ def test_the_plan_names_the_workers_and_starts_none(
 
 def test_a_ray_of_its_own_where_there_is_none(small_model: Path, many: Path, alone: pa.Table, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(*args(small_model, many, out, "launcher=ray", "launcher.address=local"))
-    try:
-        wait_for(lambda: out.is_dir() and parts(out), process)
-        below = psutil.Process(process.pid).children(recursive=True)
-        ended(process).done()
-    finally:
-        process.kill()
+    with short_folder() as folder:
+        asked = args(small_model, many, out, "launcher=ray", "launcher.address=local")
+        process = start(*asked, env=environment(RAY_TMPDIR=str(folder)))
+        try:
+            begun(out, process)
+            below = psutil.Process(process.pid).children(recursive=True)
+            ended(process).done()
+        finally:
+            process.kill()
+        assert not psutil.wait_procs(below, timeout=30)[1]
+        assert list(folder.iterdir()), "Ray's files were here"
     assert_all_there(out, alone)
-    assert not psutil.wait_procs(below, timeout=30)[1]
 
 
 def test_when_ray_dies_under_the_driver(
