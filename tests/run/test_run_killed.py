@@ -154,13 +154,13 @@ class Lab:
         if aim == "start":
             delay, began = self.rng.uniform(0, 6), time.monotonic()
             return lambda life: time.monotonic() - began > delay
-        rows_s, write_s, wanted = self.rng.uniform(0, 1.6), self.rng.uniform(0, 0.01), self.rng.randint(1, 2)
+        rows_s, write_s, wanted = self.rng.uniform(0, 1.6), self.rng.uniform(0, 0.08), self.rng.randint(1, 2)
 
         def soon(life: Life) -> bool:
-            done = [when for when, what, _ in life.look() if what == "done"]
-            if done and time.monotonic() - done[0] > rows_s:
-                return True
-            if aim == "rows" or life.count(aim) < wanted:
+            if aim == "rows":
+                done = [when for when, what, _ in life.look() if what == "done"]
+                return bool(done) and time.monotonic() - done[0] > rows_s
+            if life.count(aim) < wanted:
                 return False
             time.sleep(write_s)
             return True

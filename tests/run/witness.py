@@ -2,7 +2,8 @@
 
 A line is `<seconds> <what> <rest>`: `done <chunk> <row>` for each answer of the engine, `commit`, `published` and
 `committed` for a chunk, `journal` and `journaled` for a segment. A line is one write to the end of the file, so a
-kill cuts none short. Nothing else is changed. Read by `test_run_killed.py`.
+kill cuts none short. Files reach the disk as late as on a network disk, so that kills land between the steps of a
+commit; nothing else is changed. Read by `test_run_killed.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+DISK_S = 0.02
+"""How long fsync and link take at least."""
+
+
+def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, later."""
+
+    def late(*given: Any, **more: Any) -> Any:
+        time.sleep(DISK_S)
+        return call(*given, **more)
+
+    return late
+
 
 def main(log: str, arguments: list[str]) -> int:
     from pipeline.__main__ import main as pipeline
@@ -20,6 +34,7 @@ def main(log: str, arguments: list[str]) -> int:
     from pipeline.output.journal import ChunkJournal
     from pipeline.output.sink import Sink
 
+    os.fsync, os.link = slow(os.fsync), slow(os.link)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(*words: Any) -> None:
