@@ -92,10 +92,11 @@ def test_the_one_gpu_that_ray_shows_is_the_workers_own() -> None:
     assert (place.local_count, device_index(place, devices=1)) == (4, 0)
 
 
-def test_the_launcher_is_not_in_the_fingerprint() -> None:
+def test_the_launcher_is_not_in_the_fingerprint(tmp_path: Path) -> None:
     from pipeline.job import Job
 
-    asked = [Job(config.load_config(["experiment=demo", f"launcher={kind}"])).asked for kind in ("local", "ray")]
+    common = ["experiment=demo", f"output.dir={tmp_path / 'out'}"]
+    asked = [Job(config.load_config([*common, f"launcher={kind}"])).asked for kind in ("local", "ray")]
     assert asked[0] == asked[1]
 
 

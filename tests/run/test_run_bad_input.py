@@ -239,7 +239,8 @@ def test_bad_rows_become_error_rows_and_cost_the_others_nothing(
         assert word in errors[place]
     bad = table.filter(pa.array([kind == "error" for kind in kinds]))
     assert bad["completion"].null_count == bad["cumulative_logprob"].null_count == 4
-    assert table["prompt"].cast(pa.binary()).to_pylist() == texts, "the raw input is kept"
+    assert table["prompt"].cast(pa.binary()).to_pylist() == [None if b"\xff" in (t or b"") else t for t in texts]
+    assert r"bad \xff\xfe utf8" in errors[3], "the raw input is kept"
     good = write(tmp_path / "good.parquet", {"prompt": ["good 0", "", "good 6", "good 7"], "n": [1] * 4})
     run_here(
         "model=path", f"model.path={small_model}", f"data.path={good}", f"output.dir={tmp_path / 'good'}",
