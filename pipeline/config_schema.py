@@ -177,7 +177,7 @@ class EngineSchema:
     compile: Any = doc("auto", "decode steps as CUDA graphs: graphs, off, or auto: on CUDA, where they can be captured")
     kv_dtype: str = doc("auto", f"of cached keys and values: {', '.join(KV_DTYPES)}; auto is the model's dtype")
     attention: str = doc(
-        "auto", f"kernel that reads the cache: {', '.join(ATTENTION)}; auto: triton on CUDA, slotwise on a CPU"
+        "auto", f"kernel that reads the cache: {', '.join(ATTENTION)}; auto: triton on CUDA, numba on a CPU"
     )
 
 

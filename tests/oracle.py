@@ -22,7 +22,8 @@ from pipeline.engine.graphs import Recorder
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import EnginePlan, ModelGeometry
 from pipeline.engine.prefix import Splits
-from pipeline.kernels.cache_attention import AttendCached, attend_slot_by_slot
+from pipeline.kernels.cache_attention import AttendCached
+from pipeline.kernels.registry import CACHE_ATTENTION
 from pipeline.models.decoder import TransformersDecoder
 
 MAX_POSITIONS = 640
@@ -122,7 +123,7 @@ class EngineUnderTest:
     splits: Splits = NO_SPLITS
     prefix_tokens: int = 4096
     float8: bool = False
-    attend: AttendCached = attend_slot_by_slot
+    attend: AttendCached = CACHE_ATTENTION["numba"].attend
 
     def engine(
         self,

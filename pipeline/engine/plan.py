@@ -27,7 +27,7 @@ AUTO_MAX_LEN = 8192
 """The longest row planned for when nothing is asked: models with 128k positions would leave no room for slots."""
 MIB, GIB = 1024**2, 1024**3
 COMPILE = ("auto", "graphs", "off")
-ATTENTION = ("auto", "reference", "slotwise", "triton")
+ATTENTION = ("auto", "numba", "reference", "slotwise", "triton")
 KV_DTYPES = ("auto", "float8_e4m3")
 SCALE_BYTES = 4
 """Of the float32 scale that each token and head has beside its keys, and one beside its values, in FP8."""

@@ -20,19 +20,33 @@ BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
-    """A layer's keys and values [B, K, S, D]; in FP8 (`float8.py`) with the scale [B, K, S] of each token and head."""
+    """A layer's keys and values [slots, K, S, D]; in FP8 (`float8.py`) with a scale [slots, K, S] for each token.
+
+    `slots_B` is the slot that each query is for; without it there is a query for every slot, in order.
+    """
 
     keys: Tensor
     values: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    slots_B: Tensor | None = None
+
+    def in_order(self) -> CachedLayer:
+        """A slot for every query, copied where not all are asked for."""
+        if self.slots_B is None:
+            return self
+        stored = (self.keys, self.values, self.key_scales, self.value_scales)
+        keys, values, *scales = (None if x is None else x.index_select(0, self.slots_B) for x in stored)
+        assert keys is not None
+        assert values is not None
+        return CachedLayer(keys, values, *scales)
 
 
 AttendCached = Callable[[Tensor, CachedLayer, Tensor, AttentionRule, int], tuple[Tensor, Tensor]]
 """Queries [B, H, D], layer, lengths [B], rule and splits to the output [B, H, D] and the log-sum-exp [B, H].
 
-Of each slot the first so many positions count, the query's own the last of them; a slot of length 0 is free, and what
-it gets is finite and means nothing. `splits` is into how many equal parts the positions are cut, whose attention is
+Of each query's slot the first so many positions count, the query's own the last of them; a slot of length 0 is free,
+and what it gets is finite and means nothing. `splits` is into how many equal parts the positions are cut, whose attention is
 merged; it changes bits, and nothing else does.
 """
 
@@ -64,7 +78,8 @@ class AttentionKernel:
     """One implementation; `can_run` and `passed_over` answer with a reason, or None (see `registry.Kernel`).
 
     `stops_at_length` says whether a slot takes as long as its row, and not as its room, is long. `rows` is for prefill
-    in dtypes of 16 bits; without it, and in others, rows are attended to one by one.
+    in dtypes of 16 bits; without it, and in others, rows are attended to one by one. `prepare` compiles what there is
+    to compile, which can take seconds.
     """
 
     name: str
@@ -73,6 +88,7 @@ class AttentionKernel:
     passed_over: Callable[[AttentionNeed], str | None]
     stops_at_length: Callable[[AttentionNeed], bool]
     rows: RowsKernel | None = None
+    prepare: Callable[[AttentionNeed], None] | None = None
 
     def rows_in(self, dtype: torch.dtype) -> RowsKernel | None:
         """The kernel for a prefill in a dtype, if there is one."""
@@ -94,6 +110,7 @@ def attend_slot_by_slot(
     A CPU takes longer to read all positions of all slots than to start an operation for each. A slot's bits depend
     on its own length only.
     """
+    layer = layer.in_order()
     if layer.key_scales is not None:
         return attend_cached_reference(q_BHD, layer, lengths_B, rule, splits)
     lengths = lengths_B.tolist()
@@ -121,6 +138,7 @@ def attend_cached_reference(
     q_BHD: Tensor, layer: CachedLayer, lengths_B: Tensor, rule: AttentionRule, splits: int
 ) -> tuple[Tensor, Tensor]:
     """In plain torch, all positions at once whatever `splits` says; FP8 is dequantized block by block."""
+    layer = layer.in_order()
     if layer.key_scales is None or layer.value_scales is None:
         return attend_cache(q_BHD, layer.keys, layer.values, lengths_B, rule)
     slots, heads, dim = q_BHD.shape

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import (
     bitblas_package,
     bnb,
+    numba_attention,
     triton_attention,
     triton_bitblas,
     triton_gptq,
@@ -169,6 +170,14 @@ CACHE_ATTENTION: Mapping[str, AttentionKernel] = {
         passed_over=triton_attention.passed_over,
         stops_at_length=lambda need: True,
         rows=RowsKernel(attend=triton_prefill.attend_rows, tiles_of=triton_prefill.tiles_of),
+    ),
+    "numba": AttentionKernel(
+        name="numba",
+        attend=numba_attention.attend_cached,
+        can_run=numba_attention.can_run,
+        passed_over=_anywhere,
+        stops_at_length=lambda need: True,
+        prepare=numba_attention.compile_for,
     ),
     "slotwise": AttentionKernel(
         name="slotwise",

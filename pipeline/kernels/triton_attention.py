@@ -33,7 +33,7 @@ def attend_cached(
     q_BHD: Tensor, layer: CachedLayer, lengths_B: Tensor, rule: AttentionRule, splits: int
 ) -> tuple[Tensor, Tensor]:
     """See `AttendCached`: the sums of each split in float32, weights rounded to the values' dtype, merged in order."""
-    q_BHD = q_BHD.contiguous()
+    q_BHD, layer = q_BHD.contiguous(), layer.in_order()
     slots, heads, dim = q_BHD.shape
     out_BHD = torch.empty_like(q_BHD)
     lse_BH = torch.empty(slots, heads, dtype=torch.float32, device=q_BHD.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.engine.dedup import RequestEngine
     from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
-    from pipeline.kernels.cache_attention import AttentionKernel
+    from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed
     from pipeline.kernels.need import Need, Progress
     from pipeline.models.decoder import TransformersDecoder
     from pipeline.quant.format import StorageFormat
@@ -53,6 +54,7 @@ class Runtime:
     needs: Sequence[Need]
     attention: AttentionKernel
     attention_reason: str
+    reads: AttentionNeed
     adapter: Adapter | None = None
     kv_dtype: str = "auto"
 
@@ -120,16 +122,19 @@ class Runtime:
         from pipeline.models.loader import load_model
 
         place = self.place
-        model = load_model(
-            place.checkpoint,
-            self.transformers_config,
-            self.quant,
-            place.dtype,
-            self.device,
-            adapter=self.adapter,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        with ThreadPoolExecutor(1, "compile") as aside:
+            compiled = aside.submit(self.attention.prepare or _nothing, self.reads)
+            model = load_model(
+                place.checkpoint,
+                self.transformers_config,
+                self.quant,
+                place.dtype,
+                self.device,
+                adapter=self.adapter,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+            compiled.result()
         model.cache_dequantized(self.memory.dequant_cache_budget, [shape.rows for shape in self.shapes.shapes])
         engine = Engine(
             model,
@@ -149,6 +154,10 @@ class Runtime:
             rows_kernel=self.attention.rows_in(place.dtype),
         )
         return model, DedupEngine(engine) if settings.dedup else engine
+
+
+def _nothing(reads: AttentionNeed) -> None:
+    """What there is to compile for most kernels."""
 
 
 def _splits(settings: EngineSettings, model: TransformersDecoder, head: tuple[int, ...]) -> Splits:
@@ -223,6 +232,7 @@ def resolve_runtime(
         needs,
         attention,
         attention_reason,
+        reads,
         adapter,
         config.engine.kv_dtype,
     )

@@ -39,6 +39,8 @@ def attend(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor
     """The kernel of a name: Triton's in the interpreter, and on the GPU where there is one."""
 
     def run(kernel: str, *args: Any) -> tuple[Tensor, Tensor]:
+        if kernel == "numba" and args[0].dtype == torch.float16:
+            pytest.skip("refused: Numba knows no float16")
         if kernel != "triton":
             return CACHE_ATTENTION[kernel].attend(*args)
         result: tuple[Tensor, Tensor] = request.getfixturevalue("interpreter")(CACHE_ATTENTION[kernel].attend, *args)
@@ -134,6 +136,23 @@ def test_a_free_slot_gets_finite_numbers_and_changes_no_other(
     assert bool(none.isfinite().all())
 
 
+@FLOAT8_CACHE
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_for_some_of_the_slots(
+    dtype: torch.dtype, kernel: str, float8: bool, attend: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    """A query's bits are those it has in a step of all slots."""
+    rule = AttentionRule(0.2, 50)
+    q, layer, lengths = a_cache((4, 2, 32, 130, 1), dtype, float8)
+    out, lse = attend(kernel, q, layer, lengths, rule, 1)
+    for slots in ([3], [4, 0, 2]):
+        chosen = torch.tensor(slots)
+        some_out, some_lse = attend(kernel, q[chosen], replace(layer, slots_B=chosen), lengths[chosen], rule, 1)
+        assert torch.equal(some_out, out[chosen])
+        assert torch.equal(some_lse, lse[chosen])
+
+
 def test_a_plain_cache_has_the_bits_of_the_products_over_it() -> None:
     q, layer, lengths = a_cache((4, 2, 32, 130, 1), torch.float32, False)
     rule = AttentionRule(0.2, 40)
@@ -182,10 +201,24 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_triton_cannot_read_is_said(changes: dict[str, Any], told: str) -> None:
     need = replace(H200, **changes)
     kernel, reason = choose_attention("auto", need)
-    assert kernel.name == ("slotwise" if need.device_type == "cpu" else "reference")
+    assert kernel.name == ("numba" if need.device_type == "cpu" else "reference")
     assert told in reason
     with pytest.raises(ConfigError, match=r"engine\.attention=triton cannot run here: .*" + told):
         choose_attention("triton", need)
+
+
+def test_on_a_cpu_auto_takes_numba_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = AttentionNeed(device_type="cpu", dtype=torch.bfloat16)
+    assert choose_attention("auto", cpu)[0].name == "numba"
+    kernel, reason = choose_attention("auto", replace(cpu, dtype=torch.float16))
+    assert kernel.name == "slotwise"
+    assert "Numba's kernel reads float32 and bfloat16, not float16" in reason
+    monkeypatch.setitem(sys.modules, "numba", None)
+    kernel, reason = choose_attention("auto", cpu)
+    assert kernel.name == "slotwise"
+    assert "numba cannot be imported" in reason
+    with pytest.raises(ConfigError, match=r"engine\.attention=numba cannot run here: numba cannot be imported"):
+        choose_attention("numba", cpu)
 
 
 def test_without_triton_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

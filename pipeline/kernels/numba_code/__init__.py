@@ -1,0 +1,1 @@
+"""What Numba compiles; imported only where one of its kernels runs."""
