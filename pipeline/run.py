@@ -300,7 +300,9 @@ def load_engine(
     stats.quantized_bytes = sum(linear.stored_bytes for linear in linears)
     stats.dequantized_bytes = sum(linear.cached_bytes for linear in linears)
     stats.kv_cache_bytes = runtime.shapes.kv_bytes
-    stats.shapes = len(runtime.shapes.shapes)
+    stats.shapes = engine.plan.num_shapes
+    if engine.plan.smaller:
+        console.note(engine.plan.describe_smaller())
     return engine
 
 

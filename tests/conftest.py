@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import importlib.util
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,28 @@ def load_decoder() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
-    """As `load_decoder`, and engine settings (slots, max_len, prefill_tokens), to an `EngineUnderTest`."""
+    """As `load_decoder`, and engine settings (slots, max_len, prefill_tokens), to an `EngineUnderTest`.
+
+    With `settled` its weights are laid out and its smaller shapes tried out, as for a run.
+    """
     import torch
     from oracle import EngineUnderTest
 
     from pipeline.engine.plan import EngineSettings, longest_rows, plan_engine
     from pipeline.models.architecture import geometry_of
+    from pipeline.models.smaller_shapes import prove
+
+    @cache
+    def load_settled(*arguments: Any) -> Any:
+        decoder = load_decoder.__wrapped__(*arguments)  # type: ignore[attr-defined]  # another one, which is changed
+        decoder.pack()
+        return decoder
 
     def build(
         folder: Path, dtype: torch.dtype = torch.float32, quant: str = "none", kernel: str = "auto",
-        adapter: Path | None = None, **engine: Any,
+        adapter: Path | None = None, settled: bool = False, **engine: Any,
     ) -> EngineUnderTest:  # fmt: skip
-        decoder = load_decoder(folder, dtype, quant, kernel, adapter)
+        decoder = (load_settled if settled else load_decoder)(folder, dtype, quant, kernel, adapter)
         geometry = geometry_of(decoder.model.config)
         settings = EngineSettings(**engine)
         plan = plan_engine(
@@ -94,6 +105,10 @@ def build_engine(load_decoder: Callable[..., Any]) -> Callable[..., Any]:
             kv_budget_bytes=1 << 30,
             kv_itemsize=dtype.itemsize,
         )
+        if settled:
+            rows = [*(shape.rows for shape in plan.shapes), *plan.smaller]
+            decoder.cache_dequantized(1 << 30, rows)
+            plan = replace(plan, proven=prove(decoder.model, plan, dtype))
         return EngineUnderTest(decoder, plan, geometry, dtype, float8=settings.kv_dtype != "auto")
 
     return build

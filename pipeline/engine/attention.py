@@ -230,7 +230,7 @@ def _attend_trie(
 
 @dataclass(frozen=True, slots=True)
 class SlotDecode:
-    """One token per slot of the cache.
+    """One token for each of `slots_B`, which are all slots of the cache in order, or `some`.
 
     `positions_B` is where each slot's token stands in its row, `lengths_B` how many of the row's tokens it sees, itself
     included; none in a free slot.
@@ -241,9 +241,11 @@ class SlotDecode:
     positions_B: Tensor
     lengths_B: Tensor
     reach_T: Tensor
+    some: bool = False
 
     def attend(self, layer: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rule: AttentionRule) -> Tensor:
         """Attention output [B, H, D] of each slot's token."""
         self.cache.write(layer, self.slots_B, self.positions_B, k_KTD, v_KTD)
-        out_BHD, _ = self.cache.attend(layer, q_HTD.transpose(0, 1), self.lengths_B, rule)
+        slots_B = self.slots_B if self.some else None
+        out_BHD, _ = self.cache.attend(layer, q_HTD.transpose(0, 1), self.lengths_B, rule, slots_B)
         return out_BHD

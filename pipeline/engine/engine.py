@@ -171,13 +171,13 @@ class Engine:
             outputs += self._refill(length_class, batch)
         if batch.seats:
             started = time.perf_counter()
-            steps = batch.decode(self._steps_per_poll)
+            steps, rows = batch.decode(self._steps_per_poll)
             self.counters.graphs = self._recorder.graphs
             reports = self._report(batch)
             accepted = sum(len(o.new_token_ids) for o in reports)
             self.counters.decode_steps += steps
             self.counters.completion_tokens += accepted
-            self.counters.padded_tokens += steps * batch.slots - accepted
+            self.counters.padded_tokens += steps * rows - accepted
             self.counters.decode_s += time.perf_counter() - started
             outputs += reports
         return outputs

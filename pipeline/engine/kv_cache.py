@@ -6,7 +6,7 @@ Shapes: B slots, K key/value heads, S = max_len positions, D head dim, T tokens 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -94,9 +94,11 @@ class KVCache:
                     scales[slots_R, :, segment.begin : segment.end] = scales_KS
                 stored[slots_R, :, segment.begin : segment.end] = x_KSD
 
-    def attend(self, layer: int, q_BHD: Tensor, lengths_B: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
-        """One query for each slot against the first `lengths_B` positions of it: [B, H, D] and [B, H]."""
-        return self._attend(q_BHD, self.read(layer), lengths_B, rule, self.splits)
+    def attend(
+        self, layer: int, q_BHD: Tensor, lengths_B: Tensor, rule: AttentionRule, slots_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A query for each slot, or each of `slots_B`, against its first `lengths_B` positions: [B, H, D], [B, H]."""
+        return self._attend(q_BHD, replace(self.read(layer), slots_B=slots_B), lengths_B, rule, self.splits)
 
     def read(self, layer: int) -> CachedLayer:
         """What a layer holds of all slots, as views."""

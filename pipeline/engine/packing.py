@@ -123,13 +123,14 @@ class PackedPass:
         return model.hidden(self.tokens_T, self.positions_T, self.attention)
 
     def wanted_slices(self, plan: EnginePlan) -> Iterator[tuple[range, Tensor]]:
-        """The indices [L] of the wanted tokens, in slices of equal size, each with the part of `wanted` it holds.
+        """The indices [L] of the wanted tokens, in slices of listed size, each with the part of `wanted` it holds.
 
         A slice's padding is the pass's first token.
         """
         for begin in range(0, len(self.wanted), plan.logit_rows):
             held = range(begin, min(begin + plan.logit_rows, len(self.wanted)))
-            indices = [*self.wanted[held.start : held.stop], *[0] * (plan.logit_rows - len(held))]
+            padding = plan.rows("logits", plan.logit_rows, len(held)) - len(held)
+            indices = [*self.wanted[held.start : held.stop], *[0] * padding]
             yield held, torch.tensor(indices, device=self.tokens_T.device)
 
 
@@ -194,7 +195,7 @@ def pack(
         if entry.slot is not None:
             owners.extend([entry.slot] * len(layout.tokens))
     real = len(tokens)
-    padding = next(size for size in plan.prefill_tokens if size >= real) - real
+    padding = plan.prefill_rows(real) - real
     positions_T = torch.tensor(positions + [0] * padding, device=device)
     write = None
     if cache is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.errors import ConfigError
@@ -92,6 +92,11 @@ class LengthClass:
     splits: int = 1
 
 
+Kind = Literal["prefill", "decode", "logits"]
+Proven = Mapping[tuple[Kind, int], tuple[int, ...]]
+"""For rows of a kind of pass, the smaller numbers of rows in which a row has the same bits, ascending."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """One static shape of a pass: `rows` tokens of a prefill, slots of a decode step, or positions for the logits.
@@ -99,7 +104,7 @@ class Shape:
     `max_len` is the length of a decode shape's slots.
     """
 
-    kind: Literal["prefill", "decode", "logits"]
+    kind: Kind
     rows: int
     max_len: int | None = None
 
@@ -117,6 +122,9 @@ class EnginePlan:
     decides on the size, never its neighbours: libraries choose their way of summing up by the size of a
     product. For the same reason a decode step always runs all slots of its class, and the logits of a
     prefill pass are computed in slices of always `logit_rows` positions.
+
+    `smaller` are numbers of rows that a pass may have in place of these when the rest would be padding: `proven` says
+    where they may on this machine, since a row has been seen to keep its bits. It is not part of what is stored.
     """
 
     length_classes: tuple[LengthClass, ...]
@@ -124,6 +132,8 @@ class EnginePlan:
     logit_rows: int
     vocab: int
     kv_bytes: int
+    smaller: tuple[int, ...] = ()
+    proven: Proven = field(default_factory=dict, compare=False)
 
     @property
     def max_len(self) -> int:
@@ -139,18 +149,48 @@ class EnginePlan:
             Shape(kind="logits", rows=self.logit_rows),
         )
 
+    def candidates(self, shape: Shape) -> tuple[int, ...]:
+        """Numbers of rows that may be run in place of a shape; none for prefill passes of a row alone."""
+        alone = shape.kind == "prefill" and shape.rows != self.prefill_tokens[0]
+        return () if alone else tuple(rows for rows in self.smaller if rows < shape.rows)
+
+    def rows(self, kind: Kind, listed: int, needed: int) -> int:
+        """The rows of a pass that holds `needed`: as listed, or fewer that give the same bits."""
+        return next((rows for rows in self.proven.get((kind, listed), ()) if rows >= needed), listed)
+
+    def prefill_rows(self, tokens: int) -> int:
+        """The tokens of a prefill pass that holds so many."""
+        return self.rows("prefill", next(size for size in self.prefill_tokens if size >= tokens), tokens)
+
+    @property
+    def num_shapes(self) -> int:
+        """How many shapes may be run on this machine."""
+        return len(self.shapes) + sum(map(len, self.proven.values()))
+
     def describe(self) -> str:
         """One line for the log."""
         return f"{len(self.shapes)} static shapes: " + ", ".join(shape.describe() for shape in self.shapes)
 
+    def describe_smaller(self) -> str:
+        """One line for the log on what became of the smaller numbers of rows."""
+        proven = [
+            f"{kind} {listed}: {', '.join(map(str, rows))}" for (kind, listed), rows in self.proven.items() if rows
+        ]
+        if not proven:
+            return "every pass is padded to its shape: in smaller ones a row would have other bits"
+        return f"in place of shapes that would be padded, with the same bits (tried out): {'; '.join(proven)}"
+
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as stored in run.json."""
-        return asdict(self)
+        stored = asdict(replace(self, proven={}))
+        del stored["proven"]
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> EnginePlan:
         """Rebuild from `as_dict`'s form."""
-        values = dict(stored)
+        values = {"smaller": ()} | dict(stored)
+        values["smaller"] = tuple(values["smaller"])
         values["length_classes"] = tuple(LengthClass(**c) for c in stored["length_classes"])
         values["prefill_tokens"] = tuple(stored["prefill_tokens"])
         return cls(**values)
@@ -214,12 +254,19 @@ def plan_engine(
         logit_rows=logit_rows,
         vocab=geometry.vocab,
         kv_bytes=_total_bytes(classes, token_bytes),
+        smaller=_smaller(max(slots, _shared_tokens(settings, device_type))) if device_type == "cpu" else (),
     )
 
 
 def _shared_tokens(settings: EngineSettings, device_type: str) -> int:
     default = CUDA_PREFILL_TOKENS if device_type == "cuda" else CPU_PREFILL_TOKENS
     return round_up(settings.prefill_tokens or default)
+
+
+def _smaller(largest: int) -> tuple[int, ...]:
+    """Numbers of rows below the largest: multiples of 16 at first, then in steps of a third to a half."""
+    ladder = [ROW_MULTIPLE * factor << power for power in range(20) for factor in (2, 3)]
+    return tuple(rows for rows in (ROW_MULTIPLE, *ladder) if rows < largest)
 
 
 def _class_lengths(longest: int) -> list[int]:

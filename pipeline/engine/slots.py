@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,11 +21,54 @@ from pipeline.engine.seat import Seat
 EMPTY = SamplerRow(SamplingParams(), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What a step knows of its slots, [B] each: the token to run and where it stands, the row's reach, tokens drawn.
+
+    A reach of 0 is a free slot's. A step writes them in place.
+    """
+
+    token_B: Tensor
+    position_B: Tensor
+    reach_B: Tensor
+    drawn_B: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.token_B, self.position_B, self.reach_B, self.drawn_B
+
+    def of(self, index_B: Tensor) -> SlotState:
+        """Copies for some of the slots."""
+        return SlotState(*(tensor[index_B] for tensor in self.tensors))
+
+    def put(self, index_B: Tensor, some: SlotState) -> None:
+        """Write them back."""
+        for tensor, values in zip(self.tensors, some.tensors, strict=True):
+            tensor[index_B] = values
+
+    def advance(self, tokens_B: Tensor, last: int) -> None:
+        """Step every slot; one that runs past its row's end (it is freed soon) stays inside its own memory."""
+        self.token_B.copy_(tokens_B)
+        self.position_B.copy_((self.position_B + 1).clamp(max=last))
+        self.drawn_B.add_(1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The slots that steps run, with what the sampler needs of them; `index_B` is None where it is all, in order."""
+
+    slots: Sequence[int]
+    index_B: Tensor | None
+    sampler: SamplerRows
+
+
 class SlotBatch:
     """All slots of a length class, with their keys and values on the device.
 
-    Tokens, positions and reaches are tensors that are written in place and never replaced: a step is a function of
-    them and of the cache alone, so that it can be captured once and replayed.
+    The state of all slots is in tensors that are written in place and never replaced: a step of all slots is a function
+    of them and of the cache alone, so that it can be captured once and replayed. Where the plan has found that fewer
+    rows give the same bits, steps run no more slots than they have to.
     """
 
     def __init__(
@@ -40,6 +84,7 @@ class SlotBatch:
         self.slots = length_class.slots
         self.max_len = length_class.max_len
         self.vocab = plan.vocab
+        self._plan = plan
         self.cache = cache
         self.device = device
         self._model = model
@@ -49,11 +94,9 @@ class SlotBatch:
         self.seats: dict[int, Seat] = {}
         self._free = list(range(length_class.slots))
         self._not_finite: set[int] = set()
-        self._rows: SamplerRows | None = None
+        self._rows: StepRows | None = None
         self._seen_BV: Tensor | None = None
-        self._token_B, self._position_B, self._step_B, self._reach_B = (
-            torch.zeros(length_class.slots, dtype=torch.int64, device=device) for _ in range(4)
-        )
+        self._state = SlotState(*(torch.zeros(length_class.slots, dtype=torch.int64, device=device) for _ in range(4)))
 
     @property
     def free(self) -> int:
@@ -85,11 +128,10 @@ class SlotBatch:
         """Put prefilled rows, whose first tokens are the first of `first`, into reserved slots."""
         index = torch.tensor(slots, device=self.device)
         lengths = [len(s.request.prompt_ids) for s in seats]
-        self._token_B[index] = first.tokens_B[: len(seats)]
-        self._position_B[index] = torch.tensor(lengths, device=self.device)
-        self._step_B[index] = 1
-        self._reach_B[index] = torch.tensor(
-            [length + s.limit for length, s in zip(lengths, seats, strict=True)], device=self.device
+        reaches = [length + s.limit for length, s in zip(lengths, seats, strict=True)]
+        position_B, reach_B = (torch.tensor(values, device=self.device) for values in (lengths, reaches))
+        self._state.put(
+            index, SlotState(first.tokens_B[: len(seats)], position_B, reach_B, torch.ones_like(position_B))
         )
         self.seats.update(zip(slots, seats, strict=True))
         self._rows = None
@@ -103,38 +145,51 @@ class SlotBatch:
         heapq.heappush(self._free, slot)
         self._rows = None
 
-    def decode(self, most_steps: int) -> int:
-        """Run up to `most_steps` steps of all slots with one read-back at the end; returns how many."""
+    def decode(self, most_steps: int) -> tuple[int, int]:
+        """Run up to `most_steps` steps with one read-back at the end; returns how many, and of how many slots."""
         steps = min(most_steps, max(s.limit - len(s.token_ids) for s in self.seats.values()))
-        rows = self._sampler_rows()
-        uniforms_NB = rows.uniforms(self._step_B, steps) if rows.any_sampled else None
-        seen_BV = self._seen_BV if rows.any_penalty else None
-        if self._recorded is None:
-            self._recorded = self._recorder.record(self._logits)
+        rows = self._step_rows()
+        sampled = self._steps(steps, rows)
+        places = {slot: place for place, slot in enumerate(rows.slots)}
+        taken = sorted(self.seats)
+        self._read_back(sampled, [places[slot] for slot in taken], taken)
+        finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
+        self._not_finite.update(slot for slot, finite in zip(rows.slots, finite_B, strict=True) if not finite)
+        return steps, len(rows.slots)
+
+    def _steps(self, steps: int, rows: StepRows) -> list[Sampled]:
+        """Run so many steps of some slots, or all."""
+        index_B, sampler = rows.index_B, rows.sampler
+        state = self._state if index_B is None else self._state.of(index_B)
+        uniforms_NB = sampler.uniforms(state.drawn_B, steps) if sampler.any_sampled else None
+        seen_BV = self._seen_BV if sampler.any_penalty else None
+        if seen_BV is not None and index_B is not None:
+            seen_BV = seen_BV[index_B]
         sampled = []
         for step in range(steps):
             if seen_BV is not None:
-                seen_BV.scatter_(1, self._token_B[:, None], True)
-            logits_BV = self._recorded()
-            sampled.append(sample(logits_BV, rows, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
-            self._advance(sampled[-1].tokens_B)
-        taken = sorted(self.seats)
-        self._read_back(sampled, taken, taken)
-        finite_B = torch.stack([s.finite_B for s in sampled]).all(dim=0).tolist()
-        self._not_finite.update(slot for slot, finite in enumerate(finite_B) if not finite)
-        return steps
+                seen_BV.scatter_(1, state.token_B[:, None], True)
+            logits_BV = self._all_logits() if index_B is None else self._logits(state, index_B)
+            sampled.append(sample(logits_BV, sampler, None if uniforms_NB is None else uniforms_NB[step], seen_BV))
+            state.advance(sampled[-1].tokens_B, self.max_len - 1)
+        if index_B is not None:
+            self._state.put(index_B, state)
+            if seen_BV is not None and self._seen_BV is not None:
+                self._seen_BV[index_B] = seen_BV
+        return sampled
 
-    def _logits(self) -> Tensor:
-        """The logits [B, V] of every slot's next token."""
-        lengths_B = torch.where(self._reach_B > 0, self._position_B + 1, 0)
-        attention = SlotDecode(self.cache, self._slots_B, self._position_B, lengths_B, self._reach_B)
-        return self._model.head(self._model.hidden(self._token_B, self._position_B, attention))
+    def _all_logits(self) -> Tensor:
+        """The logits [B, V] of every slot's next token, by the recorded step."""
+        if self._recorded is None:
+            self._recorded = self._recorder.record(lambda: self._logits(self._state, None))
+        return self._recorded()
 
-    def _advance(self, tokens_B: Tensor) -> None:
-        """Step every slot; one that runs past its row's end (it is freed soon) stays inside its own memory."""
-        self._token_B.copy_(tokens_B)
-        self._position_B.copy_((self._position_B + 1).clamp(max=self.max_len - 1))
-        self._step_B += 1
+    def _logits(self, state: SlotState, index_B: Tensor | None) -> Tensor:
+        """The logits [B, V] of the next token of some slots, or of all."""
+        lengths_B = torch.where(state.reach_B > 0, state.position_B + 1, 0)
+        slots_B, some = (self._slots_B, False) if index_B is None else (index_B, True)
+        attention = SlotDecode(self.cache, slots_B, state.position_B, lengths_B, state.reach_B, some)
+        return self._model.head(self._model.hidden(state.token_B, state.position_B, attention))
 
     def _read_back(self, sampled: Sequence[Sampled], rows: Sequence[int], slots: Sequence[int]) -> None:
         """Hand the tokens of so many steps to the seats: row r of the steps belongs to the slot beside it."""
@@ -159,14 +214,21 @@ class SlotBatch:
     def _send_back(self, taken: Sequence[Seat | None]) -> None:
         """Let free slots, which are decoded along with the others, begin anew without a reach, attending to nothing."""
         free_B = torch.tensor([seat is None for seat in taken]).to(self.device, non_blocking=True)
-        self._position_B.masked_fill_(free_B, 0)
-        self._reach_B.masked_fill_(free_B, 0)
+        self._state.position_B.masked_fill_(free_B, 0)
+        self._state.reach_B.masked_fill_(free_B, 0)
 
-    def _sampler_rows(self) -> SamplerRows:
+    def _step_rows(self) -> StepRows:
+        """The taken slots, with as many free ones as it takes to fill a listed shape."""
         if self._rows is None:
-            taken = [self.seats.get(slot) for slot in range(self.slots)]
-            self._send_back(taken)
-            self._rows = SamplerRows.of([EMPTY if s is None else s.sampler_row for s in taken], self.device)
+            self._send_back([self.seats.get(slot) for slot in range(self.slots)])
+            rows = self._plan.rows("decode", self.slots, len(self.seats))
+            slots = sorted([*self.seats, *heapq.nsmallest(rows - len(self.seats), self._free)])
+            seats = [self.seats.get(slot) for slot in slots]
+            self._rows = StepRows(
+                slots=slots,
+                index_B=None if rows == self.slots else torch.tensor(slots, device=self.device),
+                sampler=SamplerRows.of([EMPTY if s is None else s.sampler_row for s in seats], self.device),
+            )
         return self._rows
 
 

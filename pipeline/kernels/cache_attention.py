@@ -46,8 +46,8 @@ AttendCached = Callable[[Tensor, CachedLayer, Tensor, AttentionRule, int], tuple
 """Queries [B, H, D], layer, lengths [B], rule and splits to the output [B, H, D] and the log-sum-exp [B, H].
 
 Of each query's slot the first so many positions count, the query's own the last of them; a slot of length 0 is free,
-and what it gets is finite and means nothing. `splits` is into how many equal parts the positions are cut, whose attention is
-merged; it changes bits, and nothing else does.
+and what it gets is finite and means nothing. `splits` is into how many equal parts the positions are cut, whose
+attention is merged; it changes bits, and nothing else does.
 """
 
 

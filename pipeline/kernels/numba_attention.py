@@ -40,8 +40,8 @@ def attend_cached(
     queries, heads, dim = q_BHD.shape
     slots, kv_heads = layer.keys.shape[:2]
     q_BKGD = q_BHD.float().reshape(queries, kv_heads, heads // kv_heads, dim).contiguous()
-    out_BKGD, lse_BKG = torch.zeros_like(q_BKGD), torch.full(q_BKGD.shape[:3], float("-inf"))
-    no_scales = torch.empty(slots, kv_heads, 0)
+    out_BKGD, lse_BKG = torch.zeros_like(q_BKGD), q_BKGD.new_full(q_BKGD.shape[:3], float("-inf"))
+    no_scales = q_BKGD.new_empty(slots, kv_heads, 0)
     slots_B = torch.arange(queries) if layer.slots_B is None else layer.slots_B
     firsts_B = torch.zeros_like(lengths_B) if rule.window is None else (lengths_B - rule.window).clamp(min=0)
     attend(
@@ -64,7 +64,7 @@ def attend_cached(
 def compile_for(need: AttentionNeed) -> None:
     """Compile the kernel, or read it from where it is kept."""
     stored = torch.zeros(1, 1, 1, need.head_dim, dtype=torch.uint8 if need.float8 else need.dtype)
-    scales = torch.ones(1, 1, 1) if need.float8 else None
+    scales = torch.ones(1, 1, 1, dtype=torch.float32) if need.float8 else None
     q_BHD, lengths_B = torch.zeros(1, 1, need.head_dim, dtype=need.dtype), torch.ones(1, dtype=torch.int64)
     attend_cached(q_BHD, CachedLayer(stored, stored, scales, scales), lengths_B, AttentionRule(1.0), 1)
 

@@ -1,8 +1,9 @@
 """Dense weights in the layout that oneDNN multiplies by, so that a CPU does not rearrange them in every pass.
 
 For a product in bfloat16 torch has oneDNN lay out the weight anew each time, which for few rows takes about as long as
-the product itself. The operators here are those of torch's own compiler for weights that do not change. That they give
-the bits of the plain product is tried out for each size, not assumed.
+the product itself; float32 it gives to another library. The operators here are those of torch's own compiler for
+weights that do not change. Where a weight is sometimes laid out and sometimes not (dequantized ones, as memory allows),
+that both give the same bits is tried out for each size, not assumed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 MOST_TRIED_ROWS = 1024
 """Larger products are not tried out: it would take seconds, and in them the layout's share is small."""
+USUAL_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +47,31 @@ class Prepacker:
 
     def __call__(self, weight_NK: Tensor, bias_N: Tensor | None) -> PrepackedWeight | None:
         """The weight laid out, or None where that cannot be done, or for no number of rows gives the same bits."""
-        if not self._rows or not can_prepack(weight_NK):
+        if not self._rows or weight_NK.dtype != torch.bfloat16 or not can_multiply(weight_NK):
             return None
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, self._rows[0])
+        packed = lay_out(weight_NK, self._rows[0])
         case = (*weight_NK.shape, bias_N is None)
         if case not in self._proven:
             self._proven[case] = frozenset(n for n in self._rows if same_bits(weight_NK, packed, bias_N, n))
         return PrepackedWeight(packed, self._proven[case]) if self._proven[case] else None
 
 
-def can_prepack(weight_NK: Tensor) -> bool:
-    """Whether oneDNN multiplies this weight: on a CPU, in bfloat16, which the processor has instructions for."""
-    if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.bfloat16:
+def can_multiply(weight_NK: Tensor) -> bool:
+    """Whether oneDNN multiplies this weight: on a CPU, in float32, or in bfloat16 if that has instructions there."""
+    if weight_NK.device.type != "cpu" or weight_NK.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight_NK.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def lay_out(weight_NK: Tensor, rows: int = USUAL_ROWS) -> Tensor:
+    """A copy of the weight as oneDNN wants it for products of about so many rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, rows)
+    return packed
 
 
 def multiply(x: Tensor, packed: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.engine.attention import AttentionPass
 from pipeline.kernels.prepack import Prepacker
+from pipeline.models.packed_linear import pack_linears, packed_bytes
 from pipeline.models.rope import RowLongRope
 from pipeline.quant.linear import QuantLinear
 
@@ -69,7 +70,7 @@ class TransformersDecoder:
     def cache_dequantized(self, budget_bytes: int, rows: Sequence[int] = ()) -> int:
         """Keep dequantized weights, layer after layer, while they fit the budget; returns the bytes taken.
 
-        A CPU has them laid out beforehand for passes of so many `rows`.
+        A CPU has them laid out beforehand for passes of so many `rows`, as `pack` does with other weights.
         """
         taken = 0
         prepack = Prepacker(rows)
@@ -80,10 +81,16 @@ class TransformersDecoder:
             taken += linear.dense_bytes
         return taken
 
+    def pack(self) -> None:
+        """Lay out unquantized weights as the CPU's library wants them; elsewhere nothing changes."""
+        pack_linears(self.model)
+        self._head = head_of(self.model)
+
     def weight_bytes(self) -> int:
         """Bytes of parameters and quantized weights on the device, cached dequantized weights not counted."""
         dense = {t.data_ptr(): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(dense.values()) + sum(linear.stored_bytes for _, linear in self.quant_linears())
+        quantized = sum(linear.stored_bytes for _, linear in self.quant_linears())
+        return sum(dense.values()) + packed_bytes(self.model) + quantized
 
 
 class _NoLayers(nn.Module):

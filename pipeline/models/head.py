@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.prepack import can_multiply, lay_out, multiply
 from pipeline.quant.linear import QuantLinear
 
 
@@ -25,9 +26,24 @@ class Float32Head(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("bias", None if head.bias is None else head.bias.data.float())
         self.weight: Tensor
+        self.out_features, self.in_features = weight.shape
+        self._packed: Tensor | None = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weight once it is laid out."""
+        return 0 if self._packed is None else 4 * self.in_features * self.out_features
+
+    def pack(self) -> None:
+        """Lay out the weight for oneDNN, where it multiplies it; from then on there is no other."""
+        if can_multiply(self.weight):
+            self._packed = lay_out(self.weight)
+            self.weight = self.weight.new_empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to float32 [..., N]."""
+        if self._packed is not None:
+            return multiply(x.float(), self._packed, self.bias)
         return product_in_float32(x, self.weight, self.bias)
 
 

@@ -135,10 +135,10 @@ class Runtime:
                 progress=progress,
             )
             compiled.result()
-        model.cache_dequantized(self.memory.dequant_cache_budget, [shape.rows for shape in self.shapes.shapes])
+        plan = self._settle_weights(model)
         engine = Engine(
             model,
-            self.shapes,
+            plan,
             lambda c: KVCache(
                 place.geometry,
                 c,
@@ -154,6 +154,17 @@ class Runtime:
             rows_kernel=self.attention.rows_in(place.dtype),
         )
         return model, DedupEngine(engine) if settings.dedup else engine
+
+    def _settle_weights(self, model: TransformersDecoder) -> EnginePlan:
+        """Put the weights into the form in which they are multiplied; the plan with what that proves of its shapes."""
+        from pipeline.models.smaller_shapes import prove
+
+        rows = [*(shape.rows for shape in self.shapes.shapes), *self.shapes.smaller]
+        model.cache_dequantized(self.memory.dequant_cache_budget, rows)
+        model.pack()
+        if not self.spec.batch_invariant:
+            return self.shapes
+        return replace(self.shapes, proven=prove(model.model, self.shapes, self.place.dtype))
 
 
 def _nothing(reads: AttentionNeed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ class QuantLinear(nn.Module):
     def cacheable(self) -> bool:
         """Whether a dequantized copy would be used."""
         return self.kernel.linear is None
+
+    @property
+    def computed_by(self) -> Hashable:
+        """What decides on how the product is computed, besides its size."""
+        laid_out = self._cached.rows if isinstance(self._cached, PrepackedWeight) else None
+        return self.kernel.name, self._cached is None, laid_out
 
     @property
     def stored_bytes(self) -> int:

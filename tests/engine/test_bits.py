@@ -81,8 +81,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def wide(
     checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
 ) -> Callable[[torch.dtype, str], EngineUnderTest]:
-    """An engine whose matrices are wide enough for BLAS to have a choice of kernels."""
-    return lambda dtype, quant: build_engine(checkpoint_folder("llama-wide"), dtype, quant, slots=32)
+    """An engine whose matrices are wide enough for BLAS to have a choice of kernels, made as a run makes it."""
+    return lambda dtype, quant: build_engine(checkpoint_folder("llama-wide"), dtype, quant, settled=True, slots=32)
 
 
 @pytest.mark.parametrize(("dtype", "quant"), MODELS)

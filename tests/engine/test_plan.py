@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pipeline.core import Request, SamplingParams
 from pipeline.engine.attention import SlotDecode
-from pipeline.engine.plan import GIB, MIB, EnginePlan, EngineSettings, ModelGeometry, longest_rows, plan_engine
+from pipeline.engine.plan import GIB, MIB, EnginePlan, EngineSettings, ModelGeometry, Proven, longest_rows, plan_engine
 from pipeline.errors import ConfigError
 
 LLAMA3 = ModelGeometry(
@@ -216,7 +217,15 @@ class Spy:
         return logits
 
 
-@pytest.mark.parametrize("engine", [{"slots": 64, "prefill_tokens": 128}, {"slots": 16, "prefill_tokens": 1024}, {}])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"slots": 64, "prefill_tokens": 128},
+        {"slots": 64, "prefill_tokens": 128, "settled": True},
+        {"slots": 16, "prefill_tokens": 1024},
+        {},
+    ],
+)
 def test_only_listed_shapes_are_run(
     engine: dict[str, int], checkpoint_folder: Callable[[str], Path], build_engine: Callable[..., Any]
 ) -> None:
@@ -238,9 +247,35 @@ def test_only_listed_shapes_are_run(
     assert len(drive(running, rows, polls_between=0)) == 150
     drive(running, rows[:40], polls_between=1)
     assert len(spy.prefills) > 1 or len(plan.prefill_tokens) == 1
-    assert spy.prefills <= set(plan.prefill_tokens)
-    assert spy.decodes == {(c.slots, c.max_len) for c in plan.length_classes}
-    assert spy.heads == {False: {plan.logit_rows}, True: {c.slots for c in plan.length_classes}}
+    proven = {kind: rows for (kind, _), rows in plan.proven.items()}
+    assert bool(proven) == ("settled" in engine)
+    assert spy.prefills <= {*plan.prefill_tokens, *proven.get("prefill", ())}
+    slots = {c.max_len: {c.slots, *plan.proven.get(("decode", c.slots), ())} for c in plan.length_classes}
+    assert all(rows in slots[max_len] for rows, max_len in spy.decodes)
+    assert {max_len for _, max_len in spy.decodes} == set(slots)
+    assert spy.heads[False] <= {plan.logit_rows, *proven.get("logits", ())}
+    assert spy.heads[True] == {rows for rows, _ in spy.decodes}
+    if not proven:
+        assert spy.decodes == {(c.slots, c.max_len) for c in plan.length_classes}
+        assert spy.heads[False] == {plan.logit_rows}
+
+
+def test_smaller_numbers_of_rows_are_listed_and_survive_run_json() -> None:
+    plan = make_plan(1 << 50, "cpu", slots=64, prefill_tokens=512)
+    assert plan.smaller == (16, 32, 48, 64, 96, 128, 192, 256, 384)
+    stored = json.loads(json.dumps(plan.as_dict()))
+    assert EnginePlan.from_dict(stored) == plan
+    del stored["smaller"]  # of a run that was begun before there were any
+    assert EnginePlan.from_dict(stored).smaller == ()
+    assert make_plan(1 << 50, "cuda").smaller == ()
+
+
+def test_the_least_proven_number_of_rows_is_run() -> None:
+    proven: Proven = {("decode", 64): (16, 48), ("prefill", 512): (128,)}
+    plan = replace(make_plan(1 << 50, "cpu", slots=64, prefill_tokens=512), proven=proven)
+    assert [plan.rows("decode", 64, needed) for needed in (1, 16, 17, 48, 49, 64)] == [16, 16, 48, 48, 64, 64]
+    assert [plan.prefill_rows(tokens) for tokens in (1, 128, 129, 513)] == [128, 128, 512, 1024]
+    assert plan.rows("logits", 64, 1) == 64
 
 
 @pytest.mark.parametrize("scored", [False, True])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels import prepack
-from pipeline.kernels.prepack import MOST_TRIED_ROWS, Prepacker, can_prepack
+from pipeline.kernels.prepack import MOST_TRIED_ROWS, Prepacker, can_multiply
 
 SHAPES = [(512, 512), (1408, 512), (512, 1408), (96, 200), (1024, 768)]
 
@@ -18,7 +18,7 @@ def random_weight(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16
 
 
 def skip_without_instructions() -> None:
-    if not can_prepack(random_weight(16, 16)):
+    if not can_multiply(random_weight(16, 16)):
         pytest.skip("oneDNN has no bfloat16 products on this processor")
 
 
