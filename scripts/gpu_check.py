@@ -52,6 +52,7 @@ def peer(name: str, limit_s: int, *arguments: str, needs: str = "torch") -> Part
 
 
 PARTS = (
+    tests("products", 120, "tests/gpu/test_products_cuda.py"),
     tests("attention", 120, "tests/gpu/test_cache_attention_cuda.py"),
     tests("graphs", 180, "tests/gpu/test_cuda.py", "-k", "captured or after_a_capture"),
     tests("permuted", 180, "tests/gpu/test_cuda.py", "-k", "permuted"),
