@@ -129,7 +129,9 @@ def test_rows_are_as_many_as_memory_has_room_for(random_model: ModuleType, monke
     "command",
     [
         ("bench_decode.py", "--slots=16", "--prompt=100", "--new=20", "--quant=bnb", "--cache"),
-        ("bench_decode.py", "--slots=16", "--prompt=200", "--new=70", "--kv-dtype=float8_e4m3"),
+        ("bench_decode.py", "--slots=16", "--prompt=200", "--new=70", "--kv-dtype=float8_e4m3", "--top-p=0.9"),
+        ("bench_label.py", "--rows=40", "--prompt=60", "--shared=40", "--labels=token"),
+        ("bench_label.py", "--rows=40", "--prompt=60", "--shared=40", "--quant=bnb"),
         ("bench_peer.py", "--batch=4", "--prompt=20", "--new=8"),
         ("bench_peer.py", "--batch=4", "--prompt=20", "--new=8", "--quant=bnb"),
     ],
@@ -142,4 +144,5 @@ def test_the_benchmarks_run(command: tuple[str, ...]) -> None:
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["step_ms"] > 0
+    printed = json.loads(done.stdout.strip().splitlines()[-1])
+    assert printed["rows_per_s" if script == "bench_label.py" else "step_ms"] > 0

@@ -31,13 +31,13 @@ from pipeline.engine.plan import CLASS_RATIO, SHORTEST_CLASS, EngineSettings
 from pipeline.models.architecture import geometry_of
 
 
-def wave(engine: Engine, rows: int, prompt: int, new: int, seed: int) -> EngineCounters:
+def wave(engine: Engine, rows: int, prompt: int, sampling: SamplingParams, seed: int) -> EngineCounters:
     """Answer rows that begin and end together; returns what was counted."""
     engine.counters = EngineCounters(graphs=engine.counters.graphs)
     rng = random.Random(seed)
     for index in range(rows):
         ids = tuple(rng.randrange(3, engine.plan.vocab) for _ in range(prompt))
-        engine.submit(Request(id=index, prompt_ids=ids, sampling=SamplingParams(max_new_tokens=new)))
+        engine.submit(Request(id=index, prompt_ids=ids, sampling=sampling))
     while engine.unfinished:
         for output in engine.poll():
             assert output.completion is None or output.completion.error is None, output.completion
@@ -66,15 +66,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     slots = slots * longest // SHORTEST_CLASS if classes == 2 else slots
     engine, plan, attention = engine_of(decoder, replace(settings, slots=slots), longest)
     rows = plan.length_classes[-1].slots
-    warm = wave(engine, rows, args.prompt, args.new, seed=0)  # as long, for the same length class
-    done = wave(engine, rows, args.prompt, args.new, seed=1)
+    drawn = {} if args.top_p is None else {"temperature": 1.0, "top_p": args.top_p}
+    sampling = SamplingParams(max_new_tokens=args.new, **drawn)
+    warm = wave(engine, rows, args.prompt, sampling, seed=0)  # as long, for the same length class
+    done = wave(engine, rows, args.prompt, sampling, seed=1)
     step_s, prefill = done.decode_s / done.decode_steps, done.prompt_tokens / done.prefill_s
     ideal_s = ideal_step_s(args.size, rows, token_bytes * (args.prompt + args.new / 2) * rows, limits)
     ideal_prefill = limits.compute / (2 * linear_weights(args.size, head=False))
     return {
         "size": args.size, "quant": args.quant, "cached_gib": round(cached / 2**30, 2), "kv_dtype": args.kv_dtype,
         "attention": attention, "graphs": done.graphs, "eager": engine.eager_reason, "shapes": plan.describe(),
-        "slots": rows, "prompt": args.prompt, "new": args.new, "made_s": round(made_s, 1),
+        "slots": rows, "prompt": args.prompt, "new": args.new, "top_p": args.top_p, "made_s": round(made_s, 1),
         "warm_up_s": round(warm.prefill_s + warm.decode_s, 2), "step_ms": round(1e3 * step_s, 3),
         "decode_tokens_per_s": round(rows / step_s), "step_share_of_roofline": round(ideal_s / step_s, 3),
         "ideal_step_ms": round(1e3 * ideal_s, 3), "prefill_tokens_per_s": round(prefill),
@@ -92,6 +94,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument(
+        "--top-p", type=float, help="draw at temperature 1 from so much probability; else the likeliest"
+    )
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--attention", default="auto")

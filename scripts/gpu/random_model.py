@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.engine.engine import Engine
+from pipeline.engine.engine import NO_SPLITS, Engine
 from pipeline.engine.graphs import recorder_for
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import GIB, EnginePlan, EngineSettings, plan_engine
+from pipeline.engine.prefix import Splits
 from pipeline.kernels.cache_attention import AttentionNeed
 from pipeline.kernels.registry import choose_attention
 from pipeline.models.architecture import geometry_of
@@ -117,7 +118,9 @@ def random_decoder(size: str, method: str) -> TransformersDecoder:
     return TransformersDecoder(model.eval().requires_grad_(False), DTYPE, DEVICE)
 
 
-def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: int) -> tuple[Engine, EnginePlan, str]:
+def engine_of(
+    decoder: TransformersDecoder, settings: EngineSettings, longest: int, splits: Splits = NO_SPLITS
+) -> tuple[Engine, EnginePlan, str]:
     """An engine whose slots take whatever memory they need; and the attention kernel that was chosen, with reasons."""
     geometry = geometry_of(decoder.model.config)
     plan = plan_engine(
@@ -133,6 +136,7 @@ def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: i
         plan,
         lambda c: KVCache(geometry, c, DTYPE, DEVICE, float8=float8, attend=kernel.attend),
         DEVICE,
+        splits=splits,
         recorder=recorder_for(settings.compile, DEVICE, decoder.capture_obstacle()),
         rows_kernel=kernel.rows_in(DTYPE),
     )
