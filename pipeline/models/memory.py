@@ -54,7 +54,11 @@ class MemoryPlan:
 
 
 def resolve_device(settings: ModelSettings, place: Place = ALONE) -> torch.device:
-    """The device asked for, or CUDA where there is one, by turns; raises ConfigError if it is not there."""
+    """The device asked for, or CUDA where there is one, by turns; raises ConfigError if it is not there.
+
+    On CUDA, products in float32 are not rounded from then on. In NVIDIA's containers TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+    cuts factors to 11 bits, among them positions where transformers multiplies those into RoPE's angles.
+    """
     import torch
 
     wanted = settings.device
@@ -70,6 +74,8 @@ def resolve_device(settings: ModelSettings, place: Place = ALONE) -> torch.devic
         )
     if device.index is not None:
         torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
     return device
 
 

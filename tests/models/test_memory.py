@@ -11,8 +11,9 @@ import torch
 from pipeline.engine.plan import GIB, EngineSettings, ModelGeometry
 from pipeline.errors import ConfigError
 from pipeline.models import memory
-from pipeline.models.memory import Placement, plan_memory, plan_shapes
+from pipeline.models.memory import Placement, plan_memory, plan_shapes, resolve_device
 from pipeline.quant.spec import QuantSettings
+from pipeline.settings import ModelSettings
 
 LLAMA2 = ModelGeometry(
     layers=32, kv_heads=32, head_dim=128, hidden=4096, intermediate=11008, vocab=32000, max_positions=4096
@@ -73,3 +74,19 @@ def test_rows_are_shorter_before_weights_give_way(placed: Any) -> None:
     assert shapes.max_len == 1024
     assert shapes.length_classes[0].slots > 16
     assert shares.dequant_cache_budget == int((shares.kv_cache_budget + shares.dequant_cache_budget) / 2)
+
+
+def test_products_in_float32_are_not_rounded_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says; the setting is the process's and is put back behind the test."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert resolve_device(ModelSettings(path="there", device="cpu")) == torch.device("cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+        assert resolve_device(ModelSettings(path="there", device="cuda:0")) == torch.device("cuda:0")
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
