@@ -25,7 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
-DECODE, PEER = "scripts/gpu/bench_decode.py", "scripts/gpu/bench_peer.py"
+DECODE, LABEL, PEER = (f"scripts/gpu/bench_{name}.py" for name in ("decode", "label", "peer"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,16 @@ def decode(name: str, *arguments: str, needs: str = "torch") -> Part:
     return Part(f"decode-{name}", 100, (DECODE, *arguments), needs)
 
 
+def label(name: str, *arguments: str) -> Part:
+    return Part(f"label-{name}", 100, (LABEL, *arguments))
+
+
 def peer(name: str, limit_s: int, *arguments: str, needs: str = "torch") -> Part:
     return Part(f"peer-{name}", limit_s, (PEER, *arguments), needs)
 
 
 PARTS = (
+    tests("products", 120, "tests/gpu/test_products_cuda.py"),
     tests("attention", 120, "tests/gpu/test_cache_attention_cuda.py"),
     tests("graphs", 180, "tests/gpu/test_cuda.py", "-k", "captured or after_a_capture"),
     tests("permuted", 180, "tests/gpu/test_cuda.py", "-k", "permuted"),
@@ -61,6 +66,9 @@ PARTS = (
     decode("llama3-bf16"),
     decode("llama3-nf4-cached", "--quant=bnb", "--cache", needs="bitsandbytes"),
     decode("llama3-nf4", "--quant=bnb", needs="bitsandbytes"),
+    label("llama3-tokens", "--labels=token"),
+    label("llama3-phrases", "--labels=phrase"),
+    decode("llama3-bf16-drawn", "--top-p=0.9"),
     decode("llama3-bf16-float8", "--kv-dtype=float8_e4m3"),
     decode("llama2-bf16", "--size=llama2-7b", "--slots=256"),
     decode("llama2-nf4-cached", "--size=llama2-7b", "--slots=256", "--quant=bnb", "--cache", needs="bitsandbytes"),

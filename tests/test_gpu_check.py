@@ -18,15 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 
 
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+def loaded(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # where its dataclasses look for their module
+    sys.modules[name] = module  # where its dataclasses, and other scripts, look for the module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    return loaded("gpu_check", SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def random_model() -> ModuleType:
+    return loaded("random_model", ROOT / "scripts" / "gpu" / "random_model.py")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,12 +97,41 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_their_results(
     assert all(f"=== {name}" in log for name in ("good", "bad", "hangs", "last"))
 
 
+def test_the_roofline_is_products_and_then_attention(random_model: ModuleType) -> None:
+    """Tokens per second of Llama-3-8B and Llama-2-7B at 512 tokens, on 4.3 TB/s and 790 TFLOP/s, worked out apart."""
+    bench = loaded("bench_decode", ROOT / "scripts" / "gpu" / "bench_decode.py")
+    limits = random_model.Limits(4.3e12, 790e12)
+    for size, rows, token_bytes, expected in (
+        ("llama2-7b", 64, 512 << 10, 9_054),
+        ("llama2-7b", 256, 512 << 10, 12_634),
+        ("llama3-8b", 64, 128 << 10, 14_256),
+        ("llama3-8b", 512, 128 << 10, 28_897),
+    ):
+        ideal_s = bench.ideal_step_s(size, rows, token_bytes * 512 * rows, limits)
+        assert rows / ideal_s == pytest.approx(expected, rel=0.02)
+    assert random_model.linear_weights("llama3-8b") == pytest.approx(7.50e9, rel=0.01)
+    assert random_model.linear_weights("llama3-8b", head=False) == pytest.approx(6.98e9, rel=0.01)
+
+
+def test_rows_are_as_many_as_memory_has_room_for(random_model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert random_model.rows_that_fit(256, 1 << 60) == 256, "on a CPU scripts are tried out with what is asked for"
+    gib = 1 << 30
+    monkeypatch.setattr(random_model, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (64 * gib, 80 * gib))
+    assert random_model.rows_that_fit(256, gib // 4) == 240
+    assert random_model.rows_that_fit(256, gib // 16) == 256
+    assert random_model.rows_that_fit(256, 40 * gib) == 16
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
         ("bench_decode.py", "--slots=16", "--prompt=100", "--new=20", "--quant=bnb", "--cache"),
-        ("bench_decode.py", "--slots=16", "--prompt=200", "--new=70", "--kv-dtype=float8_e4m3"),
+        ("bench_decode.py", "--slots=16", "--prompt=200", "--new=70", "--kv-dtype=float8_e4m3", "--top-p=0.9"),
+        ("bench_label.py", "--rows=40", "--prompt=60", "--shared=40", "--labels=token"),
+        ("bench_label.py", "--rows=40", "--prompt=60", "--shared=40", "--quant=bnb"),
         ("bench_peer.py", "--batch=4", "--prompt=20", "--new=8"),
         ("bench_peer.py", "--batch=4", "--prompt=20", "--new=8", "--quant=bnb"),
     ],
@@ -106,4 +144,5 @@ def test_the_benchmarks_run(command: tuple[str, ...]) -> None:
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["step_ms"] > 0
+    printed = json.loads(done.stdout.strip().splitlines()[-1])
+    assert printed["rows_per_s" if script == "bench_label.py" else "step_ms"] > 0

@@ -19,6 +19,10 @@ from torch import Tensor
 QUERY_BLOCK = 64
 """Queries of several rows are multiplied with shared keys in blocks of this size, whatever their number: the size of
 a product decides on its bits."""
+FLASH_CAPABILITY = (8, 0)
+"""The least compute capability that CUDA's flash operator runs on; on others it raises."""
+LARGEST_FLASH_HEAD = 256
+"""The longest head that it takes."""
 
 
 AttendSegment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -165,8 +169,10 @@ def _flash_kernel(q_HTD: Tensor, rule: AttentionRule):  # type: ignore[no-untype
         return None
     if q_HTD.device.type == "cpu" and q_HTD.dtype in (torch.float32, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    if q_HTD.device.type == "cuda" and q_HTD.dtype in (torch.float16, torch.bfloat16) and q_HTD.shape[-1] % 8 == 0:
-        return _cuda_flash
+    if q_HTD.device.type == "cuda" and q_HTD.dtype in (torch.float16, torch.bfloat16):
+        dim, capability = q_HTD.shape[-1], torch.cuda.get_device_capability(q_HTD.device)
+        if dim % 8 == 0 and dim <= LARGEST_FLASH_HEAD and capability >= FLASH_CAPABILITY:
+            return _cuda_flash
     return None
 
 

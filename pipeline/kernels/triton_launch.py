@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,11 +81,25 @@ def place_obstacle(device_type: str, capability: tuple[int, int] | None, dtype: 
 
 
 def import_obstacle() -> str | None:
-    """Why Triton cannot be imported, or None."""
+    """Why Triton cannot be imported, or not compile, or None."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"the triton package cannot be imported ({error})"
+    return None if interpreting() else build_obstacle()
+
+
+def build_obstacle() -> str | None:
+    """Why Triton cannot build the C code that starts its kernels, which it does on first use, or None.
+
+    Images that are made to run programs only lack what it takes, and it would be noticed after the weights are loaded.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton starts its kernels by way of C code, and there is no compiler for it; install gcc or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own, as Triton takes it
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    if not (header.is_file() or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")):
+        return f"Triton starts its kernels by way of C code, which includes {header}; install Python's headers"
     return None
 
 

@@ -14,6 +14,8 @@ BLOCK_M = 16
 """Rows of activations that share a product."""
 BLOCK_N = 32
 """Outputs of a program: a warp takes 16, which is what a tensor core instruction takes."""
+LEAST_INPUTS = 16
+"""Inputs of a product: what a tensor core instruction takes in 16 bits, and the least that Triton 3.6 takes in 32."""
 WARPS = 2
 BLOCK_K = 128
 """Inputs, of DENSE_N outputs, that a program dequantizes for a dense product."""
@@ -51,7 +53,7 @@ def linear_tile(x_MFU: Tensor, unit_bytes: int) -> LinearTile:
     """
     rows, fields = x_MFU.shape[:2]
     itemsize = x_MFU.element_size()
-    block_u = max(16 if itemsize == 2 else 8, 64 // fields)
+    block_u = max(LEAST_INPUTS, 64 // fields)
     row_tiles = 2 if rows > BLOCK_M and itemsize == 2 and fields <= 8 else 1
     stage_bytes = block_u * (row_tiles * BLOCK_M * fields * itemsize + BLOCK_N * unit_bytes)
     return LinearTile(row_tiles=row_tiles, block_u=block_u, stages=1 + min(3, PREFETCH_BYTES // stage_bytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pipeline.engine.plan import (
     CUDA_SLOTS,
     GIB,
     PREFIX_TOKENS,
+    ROW_MULTIPLE,
     EnginePlan,
     EngineSettings,
     ModelGeometry,
@@ -53,7 +54,11 @@ class MemoryPlan:
 
 
 def resolve_device(settings: ModelSettings, place: Place = ALONE) -> torch.device:
-    """The device asked for, or CUDA where there is one, by turns; raises ConfigError if it is not there."""
+    """The device asked for, or CUDA where there is one, by turns; raises ConfigError if it is not there.
+
+    On CUDA, products in float32 are not rounded from then on. In NVIDIA's containers TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+    cuts factors to 11 bits, among them positions where transformers multiplies those into RoPE's angles.
+    """
     import torch
 
     wanted = settings.device
@@ -69,6 +74,8 @@ def resolve_device(settings: ModelSettings, place: Place = ALONE) -> torch.devic
         )
     if device.index is not None:
         torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
     return device
 
 
@@ -152,26 +159,30 @@ def plan_shapes(
 
     `stops_at_length` is what the kernel of attention does at a row's end (see `plan_engine`).
 
-    Where no length is asked for, shorter ones are tried until keys and values fit.
+    Where no length is asked for, shorter ones are tried until keys and values fit beside the dequantized weights, and
+    then until they fit without them.
     """
     lengths = longest_rows(place.geometry, engine, model_max_len)
-    for longest in lengths:
-        try:
-            memory = plan_memory(place, engine, quant, longest)
-            shapes = plan_engine(
-                place.geometry,
-                engine,
-                longest=longest,
-                device_type=place.device_type,
-                kv_budget_bytes=memory.kv_cache_budget,
-                kv_itemsize=place.dtype.itemsize,
-                stops_at_length=stops_at_length,
-            )
-        except ConfigError:
-            if longest == lengths[-1]:
-                raise
-            continue
-        return shapes, memory
+    for gives_way in (False, True):
+        for longest in lengths:
+            try:
+                memory, is_short = _share_out(place, engine, quant, longest)
+                if is_short and not gives_way:
+                    continue
+                shapes = plan_engine(
+                    place.geometry,
+                    engine,
+                    longest=longest,
+                    device_type=place.device_type,
+                    kv_budget_bytes=memory.kv_cache_budget,
+                    kv_itemsize=place.dtype.itemsize,
+                    stops_at_length=stops_at_length,
+                )
+            except ConfigError:
+                if gives_way and longest == lengths[-1]:
+                    raise
+                continue
+            return shapes, memory
     raise AssertionError("there is at least one length to try")
 
 
@@ -179,8 +190,14 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
     """Share out the budget; raises ConfigError naming both sizes if not even the weights fit.
 
     `kv_cache_budget` is what keys and values may take: what weights, one pass and dequantized weights leave; on CUDA
-    also a decode step, which keeps its memory once it is captured.
+    also a decode step, which keeps its memory once it is captured. Dequantized weights only save time: unless they are
+    asked for, the fewest slots, or those that are asked for, come first.
     """
+    return _share_out(place, engine, quant, longest)[0]
+
+
+def _share_out(place: Placement, engine: EngineSettings, quant: QuantSettings, longest: int) -> tuple[MemoryPlan, bool]:
+    """See `plan_memory`; and whether there is so little memory that dequantized weights had to give way."""
     weights, dense = weight_bytes(
         place.checkpoint, place.spec, place.dtype, place.device_type, dense_product=place.dense_product
     )
@@ -202,9 +219,28 @@ def plan_memory(place: Placement, engine: EngineSettings, quant: QuantSettings, 
             "quantize it (quant=bnb), lower engine.prefill_tokens, or take a larger device"
         )
     cache = _cache_budget(quant, dense, rest)
-    return MemoryPlan(
+    least = _least_kv_bytes(place, engine, longest)
+    is_short = quant.dequant_cache_gib is None and rest - cache < least
+    if is_short:
+        cache = max(0, min(cache, rest - least))
+    plan = MemoryPlan(
         budget=place.budget, weights=weights, passes=passes, kv_cache_budget=rest - cache, dequant_cache_budget=cache
     )
+    return plan, is_short
+
+
+def _least_kv_bytes(place: Placement, engine: EngineSettings, longest: int) -> int:
+    """Bytes of the keys and values of as few slots as rows of that length can do with, or of those asked for."""
+    fewest = replace(engine, slots=engine.slots or ROW_MULTIPLE)
+    itemsize, anything = place.dtype.itemsize, 1 << 62
+    return plan_engine(
+        place.geometry,
+        fewest,
+        longest=longest,
+        device_type=place.device_type,
+        kv_budget_bytes=anything,
+        kv_itemsize=itemsize,
+    ).kv_bytes
 
 
 def _cache_budget(settings: QuantSettings, dense: int, rest: int) -> int:

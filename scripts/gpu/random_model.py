@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.engine.engine import Engine
+from pipeline.engine.engine import NO_SPLITS, Engine
 from pipeline.engine.graphs import recorder_for
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.plan import GIB, EnginePlan, EngineSettings, plan_engine
+from pipeline.engine.prefix import Splits
 from pipeline.kernels.cache_attention import AttentionNeed
 from pipeline.kernels.registry import choose_attention
 from pipeline.models.architecture import geometry_of
@@ -25,8 +29,8 @@ from pipeline.quant.spec import QuantSettings
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """On a CPU only to try the scripts out, with the size `small`."""
 DTYPE = torch.bfloat16
-BANDWIDTH, COMPUTE = 4.3e12, 790e12
-"""Bytes and bf16 FLOP a second that an H200 has been seen to reach."""
+PASSES_BYTES = 4 * GIB
+"""What prefill passes, a step and libraries may take beside weights, keys and values."""
 SIZES: dict[str, dict[str, int]] = {
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 8, "vocab_size": 128256},
@@ -44,6 +48,46 @@ def synchronize() -> None:
 
 def peak_gib() -> float:
     return round(peak_bytes(DEVICE) / GIB, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the device reaches: bytes and bf16 FLOP a second."""
+
+    bandwidth: float
+    compute: float
+
+    @classmethod
+    def measured(cls) -> Limits:
+        """In a long copy, whose bytes are read and written, and in a large square product."""
+        size, count = (8192, GIB) if DEVICE.type == "cuda" else (256, 1 << 20)
+        source = torch.zeros(count, dtype=torch.uint8, device=DEVICE)
+        factor = torch.randn(size, size, dtype=DTYPE, device=DEVICE)
+        target, product = torch.empty_like(source), torch.empty_like(factor)
+        copy_s, product_s = best_s(lambda: target.copy_(source)), best_s(lambda: torch.mm(factor, factor, out=product))
+        return cls(2 * count / copy_s, 2 * size**3 / product_s)
+
+
+def best_s(work: Callable[[], Any], calls: int = 5) -> float:
+    """Seconds of a call at its best, of several rounds of calls; the first round warms up."""
+    rounds = []
+    for _ in range(5):
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronize()
+        rounds.append((time.perf_counter() - started) / calls)
+    return min(rounds[1:])
+
+
+def rows_that_fit(wanted: int, row_bytes: int) -> int:
+    """As many rows as the memory that is free now has room for, in multiples of 16; no more than wanted."""
+    if DEVICE.type != "cuda":
+        return wanted
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] - PASSES_BYTES
+    return min(wanted, max(16, free // row_bytes // 16 * 16))
 
 
 def config_of(size: str) -> LlamaConfig:
@@ -74,7 +118,9 @@ def random_decoder(size: str, method: str) -> TransformersDecoder:
     return TransformersDecoder(model.eval().requires_grad_(False), DTYPE, DEVICE)
 
 
-def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: int) -> tuple[Engine, EnginePlan, str]:
+def engine_of(
+    decoder: TransformersDecoder, settings: EngineSettings, longest: int, splits: Splits = NO_SPLITS
+) -> tuple[Engine, EnginePlan, str]:
     """An engine whose slots take whatever memory they need; and the attention kernel that was chosen, with reasons."""
     geometry = geometry_of(decoder.model.config)
     plan = plan_engine(
@@ -90,6 +136,7 @@ def engine_of(decoder: TransformersDecoder, settings: EngineSettings, longest: i
         plan,
         lambda c: KVCache(geometry, c, DTYPE, DEVICE, float8=float8, attend=kernel.attend),
         DEVICE,
+        splits=splits,
         recorder=recorder_for(settings.compile, DEVICE, decoder.capture_obstacle()),
         rows_kernel=kernel.rows_in(DTYPE),
     )
@@ -125,10 +172,10 @@ def _quantize_linears(model: nn.Module) -> None:
             model.set_submodule(path, linear)
 
 
-def linear_weights(size: str) -> int:
-    """Weights of all matrix products of a token, the output head's included."""
+def linear_weights(size: str, *, head: bool = True) -> int:
+    """Weights of all matrix products of a token, with the output head's or without."""
     shape = SIZES[size]
-    hidden, head = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
-    attention = hidden * (2 * hidden + 2 * shape["num_key_value_heads"] * head)
+    hidden, head_dim = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    attention = hidden * (2 * hidden + 2 * shape["num_key_value_heads"] * head_dim)
     layer = attention + 3 * hidden * shape["intermediate_size"]
-    return shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"]
+    return shape["num_hidden_layers"] * layer + head * hidden * shape["vocab_size"]

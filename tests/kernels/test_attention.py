@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pipeline.kernels.attention import (
     attend_reference,
     attend_segment,
     merge_segments,
+    segment_kernel,
 )
 
 HEADS = [pytest.param(4, 4, id="ungrouped"), pytest.param(6, 2, id="groups-of-3"), pytest.param(8, 1, id="one-kv")]
@@ -196,6 +198,28 @@ def test_decoding_token_by_token_equals_the_row_at_once(window: int | None) -> N
 def test_a_segment_of_others_tokens(queries: int, keys: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(heads, kv_heads, queries, keys, 32, dtype)
     assert_close(attend_segment(q, k, v, AttentionRule(0.3)), oracle(q, k, v, 0.3), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "is_flash"),
+    [
+        (torch.bfloat16, 128, (9, 0), True),
+        (torch.float16, 256, (8, 0), True),
+        (torch.float16, 128, (7, 5), False),
+        (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 100, (9, 0), False),
+        (torch.float32, 128, (9, 0), False),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_flash_attention_takes_what_it_can_run(
+    dtype: torch.dtype, dim: int, capability: tuple[int, int], is_flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's operator raises on GPUs before Ampere (a T4 has 7.5), and for longer or odd heads."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    queries = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(4, 9, dim))
+    chosen = segment_kernel(queries, AttentionRule(0.1))  # type: ignore[arg-type]
+    assert chosen.__name__ == ("by_flash" if is_flash else "by_reference")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 from triton_process import HAS_TRITON
 
 from pipeline.errors import ConfigError
+from pipeline.kernels.cache_attention import AttentionNeed
 from pipeline.kernels.need import Need
-from pipeline.kernels.registry import BITBLAS, GPTQ, Kernel, choose
+from pipeline.kernels.registry import BITBLAS, CACHE_ATTENTION, GPTQ, Kernel, choose, choose_attention
 
 KERNELS = pytest.mark.parametrize("kernels", [GPTQ, BITBLAS], ids=["gptq", "bitblas"])
 H200 = Need(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, bits=4, group_size=128, shape=(4096, 4096))
+ATTENTION = AttentionNeed(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16)
 CPU = Need(device_type="cpu", bits=4, group_size=128, shape=(64, 128))
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
@@ -94,3 +98,29 @@ def test_without_triton(kernels: Mapping[str, Kernel[Any]], monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "cannot be imported" in str(kernels["triton"].can_run(H200))
     assert choose(kernels, "auto", [H200])[0].name == "reference"
+
+
+@needs_triton
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton looks for it when it first starts a kernel; the choice has been made by then."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no compiler" in str(GPTQ["triton"].can_run(H200))
+    assert "no compiler" in str(CACHE_ATTENTION["triton"].can_run(ATTENTION))
+    assert choose_attention("auto", ATTENTION)[0].name == "reference"
+    monkeypatch.setenv("CC", "cc")
+    assert GPTQ["triton"].can_run(H200) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert GPTQ["triton"].can_run(H200) is None
+
+
+@needs_triton
+def test_without_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.delenv("CPATH", raising=False)
+    monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert str(tmp_path / "Python.h") in str(GPTQ["triton"].can_run(H200))
+    (tmp_path / "Python.h").touch()
+    assert GPTQ["triton"].can_run(H200) is None
