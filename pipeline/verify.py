@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,15 +72,15 @@ def verify(
     report.notes += _versions(output)
     report.problems += _names(output, manifest, chunks, committed)
     there = [chunk for chunk in chunks or [NO_ROWS] if chunk.id in committed]
-    totals = _read_parts(output, manifest, there, report)
+    totals, readable = _read_parts(output, manifest, there, report)
     if len(there) == len(chunks) and chunks:
         report.problems += _totals(manifest, totals, len(chunks))
-    _compare_input(output, manifest, settings, there, report)
+    _compare_input(output, manifest, settings, readable, report)
     if replays and chunks:
         from pipeline.replay import replay
 
         try:
-            replay(settings, output, [c for c in chunks if c.id in committed], replays, seed, report, stopping)
+            replay(settings, output, readable, replays, seed, report, stopping)
         except ConfigError as error:
             report.problems.append(f"no row could be answered again: {error}")
     report.show(console)
@@ -137,17 +138,21 @@ def _names(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], commit
         yield f"{output.shown(RESULTS)}/{name} is no Part of a chunk of run.json"
 
 
-def _read_parts(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], report: Report) -> Counter[str]:
-    """The counts of all Parts, as many read at a time as the store is quick at."""
+def _read_parts(
+    output: Store, manifest: RunManifest, chunks: Sequence[Chunk], report: Report
+) -> tuple[Counter[str], list[Chunk]]:
+    """The counts of all Parts, as many read at a time as the store is quick at, and the chunks whose rows are there."""
     from pipeline.output.inspection import inspect_part
 
     schema = manifest.schema.with_metadata(manifest.part_metadata())
     totals: Counter[str] = Counter()
+    readable: list[Chunk] = []
     with ThreadPoolExecutor(output.reads_at_once) as pool:
-        for found in pool.map(lambda chunk: inspect_part(output, schema, chunk), chunks):
+        for chunk, found in zip(chunks, pool.map(partial(inspect_part, output, schema), chunks), strict=True):
             totals.update(found.counts)
             report.problems += found.problems
-    return totals
+            readable += [chunk] if found.is_read else []
+    return totals, readable
 
 
 def _totals(manifest: RunManifest, totals: Counter[str], chunks: int) -> Iterator[str]:
