@@ -25,7 +25,7 @@ from pipeline.console import Console
 from pipeline.data.files import is_url
 from pipeline.data.open import open_source
 from pipeline.data.source import Chunk, SourceFile, chunks_within
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunFailed
 from pipeline.findings import Report
 from pipeline.output import manifest as manifests
 from pipeline.output.durable import failing_run
@@ -190,7 +190,10 @@ def _compare_input(
             added = f"has {counted.rows - file.rows:,} more rows than are registered"
             report.notes.append(f"{now.path} {added}; the next run takes them")
         mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
-        report.problems += _compare_rows(output, manifest, source, file, mine)
+        try:
+            report.problems += _compare_rows(output, manifest, source, file, mine)
+        except (ConfigError, RunFailed) as error:
+            report.problems.append(f"not all rows could be compared: {error}")
 
 
 def _came_since(manifest: RunManifest, found: Mapping[str, FoundFile], source: Source) -> Iterator[str]:

@@ -203,6 +203,15 @@ def test_inputs_that_are_gone_are_said_and_changed_ones_are_wrong(
     assert "note: the input was not compared: data.path" in found.out
 
 
+def test_an_input_whose_rows_cannot_be_read_any_more_is_wrong(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Its footer, by which it is known, is whole."""
+    folder = shutil.copytree(finished[0], tmp_path / "moved")
+    flip(folder / "in" / "a.parquet", 4, 0xFF)  # the header of the first page
+    found = verified(folder / "out", f"data.path={folder / 'in'}")
+    assert found.code == 1 and f"data.path {folder / 'in' / 'a.parquet'}: row group 0, column prompt," in found.out
+    assert "wrong: not all rows could be compared: " in found.out and found.out.endswith("5 of 5 parts, 1 wrong\n")
+
+
 def test_rows_are_answered_again_and_differences_told(
     finished: tuple[Path, list[str]], copy: Path, other_small_model: Path
 ) -> None:
