@@ -38,10 +38,13 @@ from pipeline.template import RowTemplate
 class Job:
     """Opens everything that can be looked at cheaply; raises ConfigError on whatever does not fit together."""
 
-    def __init__(self, config: RunConfig, output: Store | None = None, version: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, output: Store | None = None, version: int = 1, *, looks_only: bool = False
+    ) -> None:
         """`output` is the one of `output.dir`, or of a version of it, if it is open already.
 
-        Raises OutputDiffers where it was made with other settings or of other input.
+        Raises OutputDiffers where it was made with other settings or of other input. Who `looks_only` at what was
+        registered is told of new files that a run would refuse (`refused`).
         """
         self.config = config
         self.version = version
@@ -49,6 +52,9 @@ class Job:
         """Why there is this version."""
         self.has_worked = False
         """Whether this process has answered rows, and left its stats."""
+        self._looks_only = looks_only
+        self.refused: dict[str, str] = {}
+        """New files that a run would refuse, by name, with what it would say."""
         self._is_settled = False  # whether the files are those of run.json, whatever else there is
         self.announce: Callable[[], None] = lambda: None
         """Called before run.json is made."""
@@ -65,9 +71,9 @@ class Job:
         if stored is not None:
             self._check_asked(stored)
             self.source.fix_schema(stored.input_schema)
-        self.found: list[FoundFile] = self._find(stored)
         self.count = cache(self.source.count)
         self.grown = cache(self.source.grown)
+        self.found: list[FoundFile] = self._find(stored)
         self.input_schema: pa.Schema = self._input_schema()
         check_columns(config, self.input_schema)
         check_output_apart(config)
@@ -226,6 +232,7 @@ class Job:
             return False
         try:
             self.found = list(self.source.find())
+            self._refuse(manifest, new_ones=False)
             as_registered(manifest, self.found, self.committed())
         except ConfigError as error:
             raise Interrupted(
@@ -346,7 +353,7 @@ class Job:
         """The files of a run.json as they are now; looked for again if another process has seen more than this one."""
         sizes = {file.name: file.size for file in self.found}
         if any(sizes.get(file.name, -1) < file.size for file in manifest.files):
-            self.found = list(self.source.find())
+            self.found = self._find(manifest)
         return register(manifest, self.found, self.committed(), self.count, self.grown)
 
     def _adopt(self, manifest: RunManifest) -> None:
@@ -367,12 +374,33 @@ class Job:
 
     def _find(self, stored: RunManifest | None) -> list[FoundFile]:
         """The input files as they are now; OutputDiffers if one has other columns than the run began with."""
-        try:
+        if stored is None:
             return list(self.source.find())
+        try:
+            found = list(self.source.find())
+            self._refuse(stored, new_ones=not self._looks_only)
         except SchemaDiffers as error:
-            if stored is None:
-                raise
             raise OutputDiffers(str(error)) from error
+        known = {file.name for file in stored.files}
+        return [file for file in found if file.name in known or self._is_countable(file)]
+
+    def _refuse(self, manifest: RunManifest, *, new_ones: bool) -> None:
+        """Raise for the registered files that the source has refused, and for `new_ones` if they are not only told."""
+        known = {file.name for file in manifest.files}
+        for name, error in self.source.refused.items():
+            if new_ones or name in known:
+                raise error
+            self.refused[name] = str(error)
+
+    def _is_countable(self, found: FoundFile) -> bool:
+        """Whether a new file's rows can be counted; who only looks is told if not."""
+        if self._looks_only and found.rows is None:
+            try:
+                self.count(found)
+            except ConfigError as error:
+                self.refused[found.name] = str(error)
+                return False
+        return True
 
     def _take(self, manifest: RunManifest) -> None:
         self.manifest = manifest

@@ -79,7 +79,7 @@ def replay(
 
     Raises ConfigError where model or data are not what they were, or the machine cannot run them.
     """
-    job = Job(settings, output)
+    job = Job(settings, output, looks_only=True)
     job.keep_to_registered()
     names = {file.name for file in job.found}
     here = {file.ordinal for file in job.files if file.name in names}

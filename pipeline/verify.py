@@ -30,6 +30,7 @@ from pipeline.findings import Report
 from pipeline.output import manifest as manifests
 from pipeline.output.durable import failing_run
 from pipeline.output.open import open_store
+from pipeline.output.registration import refused_since
 from pipeline.output.sink import NO_ROWS, committed_parts, part_name, part_path
 from pipeline.output.store import RESULTS, RUN_JSON
 from pipeline.process import ExitCode, Stopping
@@ -103,7 +104,7 @@ def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
 
 def _output_of(settings: RunConfig) -> Store:
     if settings.output.on_change == "new":
-        return open_job(settings).output
+        return open_job(settings, looks_only=True).output
     return open_store(settings.output.dir, settings.output.storage_options)
 
 
@@ -174,26 +175,44 @@ def _compare_input(
     except ConfigError as error:
         report.notes.append(f"the input was not compared: {error}")
         return
+    known = {file.name for file in manifest.files}
     report.notes += [*_came_since(manifest, found, source), *source.left]
+    report.notes += [refused_since(str(error)) for name, error in source.refused.items() if name not in known]
     for file in manifest.files:
         now = found.get(file.name)
-        if now is None:
+        if file.name in source.refused:
+            report.problems.append(f"{file.path} is not the file that was registered: {source.refused[file.name]}")
+        elif now is None:
             report.notes.append(f"{file.path} is gone, its rows were not compared with it")
-            continue
-        file = replace(file, path=now.path)
-        if (now.size, now.digest) != (file.size, file.digest):
-            counted = source.grown(file, now)
-            if isinstance(counted, str):
-                sizes = f"{now.size} bytes, then {file.size}"
-                report.problems.append(f"{now.path} is not the file that was registered ({sizes}): {counted}")
-                continue
-            added = f"has {counted.rows - file.rows:,} more rows than are registered"
-            report.notes.append(f"{now.path} {added}; the next run takes them")
-        mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
-        try:
-            report.problems += _compare_rows(output, manifest, source, file, mine)
-        except (ConfigError, RunFailed) as error:
-            report.problems.append(f"not all rows could be compared: {error}")
+        else:
+            mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
+            try:
+                report.problems += _compare_file(output, manifest, source, file, now, mine, report.notes)
+            except (ConfigError, RunFailed) as error:
+                report.problems.append(f"not all rows could be compared: {error}")
+
+
+def _compare_file(
+    output: Store,
+    manifest: RunManifest,
+    source: Source,
+    file: SourceFile,
+    now: FoundFile,
+    chunks: Sequence[Chunk],
+    notes: list[str],
+) -> Iterator[str]:
+    """Where a file, or a Part's rows of it, are not what they were; what was appended to it is noted."""
+    file = replace(file, path=now.path)
+    if (now.size, now.digest) != (file.size, file.digest):
+        counted = source.grown(file, now)
+        if isinstance(counted, str):
+            sizes = f"{now.size} bytes, then {file.size}"
+            yield f"{now.path} is not the file that was registered ({sizes}): {counted}"
+            return
+        notes.append(
+            f"{now.path} has {counted.rows - file.rows:,} more rows than are registered; the next run takes them"
+        )
+    yield from _compare_rows(output, manifest, source, file, chunks)
 
 
 def _came_since(manifest: RunManifest, found: Mapping[str, FoundFile], source: Source) -> Iterator[str]:

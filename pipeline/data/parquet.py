@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.data.broken_values import checked_rows
 from pipeline.data.files import FileKind, Located, locate, reaching
 from pipeline.data.hive import Keys, partition_keys, partition_schema, partition_value
-from pipeline.data.parquet_footer import Footer, is_being_written, read_footers
+from pipeline.data.parquet_footer import Footer, is_being_written, parse_footer, read_tails
 from pipeline.data.parquet_rows import RowCursor, open_rows
 from pipeline.data.schemas import checked_columns, decoded, project, require_same
 from pipeline.data.source import Chunk, Counted, FoundFile, Rows, SourceFile
@@ -42,24 +42,29 @@ class ParquetSource:
         self._schema: pa.Schema | None = None
         self._fixed = False
         self.left: Sequence[str] = ()
+        self.refused: Mapping[str, ConfigError] = {}
         self._files: dict[str, Located] = {}
 
     def find(self) -> list[FoundFile]:
         """All files sorted by name, from their footers alone.
 
         Raises ConfigError for a missing path, a folder or glob without files, a file that is not a
-        whole Parquet file, unknown `columns`, and files whose schemas differ from each other or from
-        that of the run's first start. Once there was one, a file that is being written is `left` for later.
+        whole Parquet file, unknown `columns`, and files whose schemas differ from each other. Once there was a run's
+        first start, a file that is being written is `left` for later, and one that has another schema, or is none
+        that can be read, is `refused`.
         """
         files = self._without_unfinished(locate(self._path, PARQUET, self._storage_options))
-        keys = [partition_keys(file.inner) for file in files]
-        partitions = self._partitions(keys)
+        partitions = self._partitions([partition_keys(file.inner) for file in files])
         found: list[FoundFile] = []
-        for file, footer, own_keys in zip(files, read_footers(files, self._columns), keys, strict=True):
-            self._check(file.path, _with_partitions(footer.schema, partitions, own_keys, file.path), files[0].path)
-            found.append(
-                FoundFile(name=file.name, path=file.path, size=file.size, rows=footer.rows, digest=footer.digest)
-            )
+        refused: dict[str, ConfigError] = {}
+        for file, tail in zip(files, read_tails(files), strict=True):
+            try:
+                found.append(self._found(file, tail, partitions, files[0].path))
+            except ConfigError as error:
+                if not self._fixed:
+                    raise
+                refused[file.name] = error
+        self.refused = refused
         self._files = {file.path: file for file in files}
         return found
 
@@ -120,6 +125,14 @@ class ParquetSource:
         self.left = [f"{file.path} has no Parquet footer yet, and is left for the next run" for file in writing]
         return [file for file in files if file not in writing] if writing else files
 
+    def _found(self, file: Located, tail: bytes, partitions: pa.Schema, first_path: str) -> FoundFile:
+        """A file by its footer, which has to fit the schema; `first_path` is the first file's."""
+        footer, keys = parse_footer(file, tail, self._columns), partition_keys(file.inner)
+        if self._fixed and self._schema is not None:  # a key that is new is a column of its own file alone
+            partitions = pa.schema([f for f in partitions if f.name in self._schema.names or f.name in keys])
+        self._check(file.path, _with_partitions(footer.schema, partitions, keys, file.path), first_path)
+        return FoundFile(name=file.name, path=file.path, size=file.size, rows=footer.rows, digest=footer.digest)
+
     def _partitions(self, keys: Sequence[Keys]) -> pa.Schema:
         """Types of the partition keys: those of the run's first start, else what the folders say."""
         found = partition_schema(keys)
@@ -140,7 +153,7 @@ class ParquetSource:
         located = self._files[file.path]
         with reaching(file.path):
             now = located.renewed()
-        footer = read_footers([now], self._columns)[0]
+        footer = parse_footer(now, read_tails([now])[0], self._columns)
         if (now.size, footer.digest) != (file.size, file.digest):
             raise ConfigError(
                 f"data.path {file.path} is not the registered file any more ({now.size} bytes, registered with "

@@ -36,30 +36,17 @@ class Footer:
     dictionaries: tuple[str, ...] = ()
 
 
-def read_footers(files: Sequence[Located], columns: Sequence[str] | None) -> list[Footer]:
-    """Check and describe files by their last bytes.
+def read_tails(files: Sequence[Located]) -> list[bytes]:
+    """The last bytes of files, in which their footers mostly are."""
+    return read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
+
+
+def parse_footer(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
+    """Check and describe a file by its last bytes.
 
     ConfigError for one that is not a whole Parquet file, or is encrypted; if only some of its columns are,
     naming `columns` is taken to avoid them.
     """
-    tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
-    return [_parse(file, tail, columns) for file, tail in zip(files, tails, strict=True)]
-
-
-def is_being_written(file: Located, now: float) -> bool:
-    """Whether a local file begins as Parquet, has no footer yet and was written to not long before `now`.
-
-    In an object store a file appears whole, so one without a footer has been cut.
-    """
-    if file.mtime_ns is None or now - file.mtime_ns / 1e9 > WRITING_S:
-        return False
-    with reaching(file.path):
-        head = file.read_range(0, min(file.size, len(_MAGIC)))
-        tail = file.read_range(max(0, file.size - _TAIL_BYTES), file.size)
-    return _MAGIC.startswith(head) and _footer_bytes(file, tail) is None
-
-
-def _parse(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
     footer = _footer_bytes(file, tail)
     if footer is None:
         raise _not_parquet(file)
@@ -98,6 +85,19 @@ def _holds_dictionary(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return True
     return any(_holds_dictionary(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def is_being_written(file: Located, now: float) -> bool:
+    """Whether a local file begins as Parquet, has no footer yet and was written to not long before `now`.
+
+    In an object store a file appears whole, so one without a footer has been cut.
+    """
+    if file.mtime_ns is None or now - file.mtime_ns / 1e9 > WRITING_S:
+        return False
+    with reaching(file.path):
+        head = file.read_range(0, min(file.size, len(_MAGIC)))
+        tail = file.read_range(max(0, file.size - _TAIL_BYTES), file.size)
+    return _MAGIC.startswith(head) and _footer_bytes(file, tail) is None
 
 
 def _damaged(file: Located, reason: str) -> ConfigError:

@@ -430,17 +430,28 @@ def test_the_schema_of_the_first_start_is_held_to(tmp_path: Path) -> None:
         source.fix_schema(schema)
         return source
 
+    def refused() -> str:
+        """What is said of the one file that does not fit; the other one is found."""
+        source = resumed()
+        assert [file.name for file in source.find()] == ["y=1/a.parquet"]
+        ((name, error),) = source.refused.items()
+        assert name.endswith("/b.parquet")
+        return str(error)
+
     assert read_all(resumed(), 2)["y"].to_pylist() == [1, 1, 1]
     other = write(tmp_path / "y=2/b.parquet", rows(2).append_column("new", pa.array([1, 2])))
-    with pytest.raises(ConfigError, match=rf"column new is missing in the run's first start and int64 in {other}"):
-        resumed().find()
+    assert f"column new is missing in the run's first start and int64 in {other}" in refused()
     write(other, rows(2).set_column(0, "id", pa.array(["x", "y"])))
-    with pytest.raises(ConfigError, match=rf"column id is int64 in the run's first start and string in {other}"):
-        resumed().find()
+    assert f"column id is int64 in the run's first start and string in {other}" in refused()
+    other.write_bytes(b"PAR1 and no more")
+    os.utime(other, (0, 0))
+    assert f"{other} is a truncated Parquet file" in refused()
     other.unlink()
-    write(tmp_path / "y=x/b.parquet", rows(2))
-    with pytest.raises(ConfigError, match=r"lies in a folder y=x, but the column y is int32; rename the folder"):
-        resumed().find()
+    other = write(tmp_path / "y=x/b.parquet", rows(2))
+    assert "lies in a folder y=x, but the column y is int32; rename the folder" in refused()
+    other.unlink()
+    other = write(tmp_path / "y=1/z=1/b.parquet", rows(2))
+    assert f"column z is missing in the run's first start and int32 in {other}" in refused()
 
 
 # Reading
