@@ -4,7 +4,8 @@ Every input row is there once, and as it was: Parts are read to their end and co
 input files; of files that are gone it is said. OUT is the folder or URL of the output; without it, the command line is
 that of the run. Further key=value change what run.json says of the run, where data or model have moved to, or
 credentials, which run.json does not hold. `--replay N` answers N rows again, drawn with `--seed`, on this machine.
-Exit codes: 0 all is well, 1 something is wrong, 2 OUT is no output.
+Exit codes: 0 all is well, 1 something is wrong, 2 OUT is no output, 75 nothing is wrong, but a row that was
+half-written has been continued, and is still to be answered again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipeline.findings import Report
 from pipeline.output import manifest as manifests
 from pipeline.output.durable import failing_run
 from pipeline.output.open import open_store
-from pipeline.output.registration import refused_since
+from pipeline.output.registration import redo_of, refused_since
 from pipeline.output.sink import NO_ROWS, committed_parts, part_name, part_path
 from pipeline.output.store import RESULTS, RUN_JSON
 from pipeline.process import ExitCode, Stopping
@@ -76,6 +77,9 @@ def verify(
     totals, readable = _read_parts(output, manifest, there, report)
     if len(there) == len(chunks) and chunks:
         report.problems += _totals(manifest, totals, len(chunks))
+    halves = _half_rows(output, manifest, readable)
+    report.pending += [_half_row(output, manifest, chunk) for chunk in halves]
+    readable = [chunk for chunk in readable if chunk not in halves]
     _compare_input(output, manifest, settings, readable, report)
     if replays and chunks:
         from pipeline.replay import replay
@@ -86,8 +90,11 @@ def verify(
             report.problems.append(f"no row could be answered again: {error}")
     report.show(console)
     rows = f"{totals['rows']:,} rows in {len(there):,} of {max(1, len(chunks)):,} parts"
-    console.result(f"{output.shown()}: {rows}, {len(report.problems) or 'nothing'} wrong")
-    return ExitCode.FAILED if report.problems else ExitCode.DONE
+    left = f", {len(report.pending):,} pending" if report.pending else ""
+    console.result(f"{output.shown()}: {rows}, {len(report.problems) or 'nothing'} wrong{left}")
+    if report.problems:
+        return ExitCode.FAILED
+    return ExitCode.NOT_DONE if report.pending else ExitCode.DONE
 
 
 def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
@@ -154,6 +161,26 @@ def _read_parts(
             report.problems += found.problems
             readable += [chunk] if found.is_read else []
     return totals, readable
+
+
+def _half_rows(output: Store, manifest: RunManifest, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Those whose Part is still the one that was made of half a row, which has been continued since."""
+    from pipeline.output.part import read_footer
+
+    attempts = redo_of(manifest.files)
+    return [
+        chunk
+        for chunk in chunks
+        if chunk.id in attempts and read_footer(output, {}, part_path(chunk.id)).attempt == attempts[chunk.id]
+    ]
+
+
+def _half_row(output: Store, manifest: RunManifest, chunk: Chunk) -> str:
+    name = next(file.name for file in manifest.files if file.ordinal == chunk.file_ordinal)
+    return (
+        f"row {chunk.first_row:,} of {name} was half-written when it was answered, and has been continued; the next "
+        f"run puts its answer into {output.shown(part_path(chunk.id))}"
+    )
 
 
 def _totals(manifest: RunManifest, totals: Counter[str], chunks: int) -> Iterator[str]:

@@ -129,6 +129,31 @@ def test_killed_before_the_row_that_is_continued_was_done_again(
     assert run_json(out)["files"][0]["redo"] == []
 
 
+def test_a_row_between_its_registration_and_its_answer_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verify says what status does, also in an output that is whole but for this row."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", *map(line, words(0, 3)), b'{"prompt": ')
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    append(inbox / "a.jsonl", b'"a 3"}\n')
+    register(inbox, out)
+    assert call(status.main, *echoed(inbox, out), "--registered").code == 75
+    found = call(verify.main, str(out))
+    assert found.code == 75, found.out
+    assert found.out == (
+        "pending: row 3 of a.jsonl was half-written when it was answered, and has been continued; the next run puts "
+        f"its answer into {parts(out)[1]}\n{out}: 4 rows in 2 of 2 parts, nothing wrong, 1 pending\n"
+    )
+    append(inbox / "a.jsonl", line("a 4"))
+    register(inbox, out)
+    found = call(verify.main, str(out))
+    assert found.code == 1 and found.out.count("pending: ") == 1
+    assert f"{found.out.count('wrong: ')} wrong, 1 pending" in found.out and "is missing: rows 4 to 4" in found.out
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert "pending" not in call(verify.main, str(out)).done().out
+
+
 def test_a_row_that_another_process_has_in_hand_is_continued_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
