@@ -60,9 +60,9 @@ def status(settings: RunConfig, since: float | None, console: Console, registere
     said += [] if since is None else [f"{_rows_since(job, since):,} rows new"]
     said += [f"{len(pending):,} of {len(job.chunks):,} chunks left, {held:,} of them in work"] if pending else []
     said += [] if more is None else [more]
-    said += [*job.source.left, *map(refused_since, job.refused.values())]
+    said += [*job.source.left, *map(refused_since, job.input.refused.values())]
     console.result(f"{job.output.shown()}: {', '.join(said)}")
-    if job.refused and not registered:
+    if job.input.refused and not registered:
         return ExitCode.BAD_CONFIG
     if not job.is_answered():
         return ExitCode.NOT_DONE
