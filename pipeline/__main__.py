@@ -67,7 +67,7 @@ def help_text() -> str:
     lines += [f"  {group:<12} {', '.join(config.choices(group))}" for group in config.group_names()]
     lines += ["", "keys"]
     lines += [f"  {key:<28} {text}" for key, text in config.schema_keys().items()]
-    lines += ["", "exit codes", "  0 done; 1 failed; 2 bad configuration, checkpoint or input location;"]
+    lines += ["", "exit codes", "  0 done; 1 failed; 2 bad configuration, checkpoint or input;"]
     lines += ["  3 done, but more than max_error_rate of the rows are errors; 75 not done but saved: run it again", ""]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 
 class ConfigError(ValueError):
-    """Bad configuration, checkpoint or input location (exit code 2).
+    """Bad configuration, checkpoint or input (exit code 2).
 
     The message is one sentence that names the key, its value and the remedy.
     """

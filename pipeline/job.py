@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -15,22 +15,20 @@ import pyarrow as pa
 from pipeline import __version__, fingerprint
 from pipeline.asked_columns import check_columns, check_output_apart, columns_named, run_labels
 from pipeline.data.open import open_source
-from pipeline.data.source import Chunk, FoundFile, Source, SourceFile, chunks_within, unfinished_chunk
-from pipeline.errors import ConfigError, Interrupted, OutputDiffers, Overtaken, RunFailed, SchemaDiffers
-from pipeline.models.adapter import Adapter, open_adapter
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.data.source import Chunk, Source, SourceFile, chunks_within, unfinished_chunk
+from pipeline.errors import ConfigError, Interrupted, OutputDiffers, Overtaken, RunFailed
+from pipeline.input_files import InputFiles
+from pipeline.model_files import open_model_files
 from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
-from pipeline.output.durable import failing_run
 from pipeline.output.journal import Journal
-from pipeline.output.journal import sweep as sweep_journal
 from pipeline.output.manifest import RunManifest
 from pipeline.output.open import open_store
-from pipeline.output.part import read_footer
-from pipeline.output.registration import as_registered, continued, more_in, redo_of, register, with_redo
+from pipeline.output.registration import continued, more_in, redo_of
+from pipeline.output.renewal import attempts_of, renew
 from pipeline.output.schema import results_schema
-from pipeline.output.sink import Sink, committed_parts, part_path
-from pipeline.output.store import JOURNAL, RUN_JSON, Store
+from pipeline.output.sink import Sink, committed_parts
+from pipeline.output.store import RUN_JSON, Store
 from pipeline.settings import RunConfig
 from pipeline.template import RowTemplate
 
@@ -38,10 +36,13 @@ from pipeline.template import RowTemplate
 class Job:
     """Opens everything that can be looked at cheaply; raises ConfigError on whatever does not fit together."""
 
-    def __init__(self, config: RunConfig, output: Store | None = None, version: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, output: Store | None = None, version: int = 1, *, looks_only: bool = False
+    ) -> None:
         """`output` is the one of `output.dir`, or of a version of it, if it is open already.
 
-        Raises OutputDiffers where it was made with other settings or of other input.
+        Raises OutputDiffers where it was made with other settings or of other input. Who `looks_only` at what was
+        registered is told of new files that a run would refuse (`input.refused`).
         """
         self.config = config
         self.version = version
@@ -56,18 +57,16 @@ class Job:
         self.output: Store = output or open_store(config.output.dir, config.output.storage_options)
         answered = bool(self.committed())  # looked at first: whoever commits has made run.json before
         stored = manifests.find(self.output)
-        self.checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        named = config.model.adapter
-        self.adapter: Adapter | None = None if named is None else open_adapter(named, config.model.adapter_revision)
-        self.tokenizer = self._tokenizer_checkpoint()
+        self.model_files = open_model_files(config.model)
+        self.checkpoint, self.adapter = self.model_files.checkpoint, self.model_files.adapter
+        self.tokenizer = self.model_files.tokenizer
         self.asked = fingerprint.requested(config, self.checkpoint, self.tokenizer, self.adapter)
         self.source: Source = open_source(config.data)
         if stored is not None:
             self._check_asked(stored)
             self.source.fix_schema(stored.input_schema)
-        self.found: list[FoundFile] = self._find(stored)
-        self.count = cache(self.source.count)
-        self.grown = cache(self.source.grown)
+        self.input = InputFiles(self.source, looks_only=looks_only)
+        self.input.find(stored)
         self.input_schema: pa.Schema = self._input_schema()
         check_columns(config, self.input_schema)
         check_output_apart(config)
@@ -92,7 +91,7 @@ class Job:
     def files(self) -> tuple[SourceFile, ...]:
         """The registered files; before this process has begun, as it would register them."""
         if self._is_settled and self.manifest is not None:
-            return as_registered(self.manifest, self.found, self.committed())
+            return self.input.as_registered(self.manifest, self.committed())
         return self._register(self.manifest or self.fresh_manifest({}, {}, {}))
 
     @cached_property
@@ -110,11 +109,6 @@ class Job:
         """Rows of the whole run."""
         return sum(chunk.num_rows for chunk in self.chunks)
 
-    @property
-    def tokenizer_is_adapters(self) -> bool:
-        """Whether the adapter brings the tokenizer."""
-        return self.adapter is not None and self.tokenizer.folder == self.adapter.folder
-
     def notes(self) -> list[str]:
         """What is worth knowing of the version, the libraries and the adapter, a sentence each."""
         notes = [f"version {self.version} in {self.output.shown()}: {self.because}"] if self.because else []
@@ -124,17 +118,7 @@ class Job:
                 f"libraries have changed since the run began ({', '.join(others)}); rows can differ in their last bits "
                 "from those that are done, and run.json says so"
             )
-        return [*notes, *self._notes_of_adapter()]
-
-    def _notes_of_adapter(self) -> list[str]:
-        if self.adapter is None:
-            return []
-        elsewhere = self.adapter.trained_elsewhere(self.config.model.path)
-        brings = f"the tokenizer, its chat template and its end token are those that model.adapter={self.adapter.name} "
-        return [
-            *([] if elsewhere is None else [elsewhere]),
-            *([f"{brings}brings; model.tokenizer names another"] if self.tokenizer_is_adapters else []),
-        ]
+        return [*notes, *self.model_files.notes(self.config.model.path)]
 
     def committed(self) -> set[str]:
         """Ids of the chunks that have a Part."""
@@ -197,12 +181,12 @@ class Job:
             self._adopt(manifest)
             self.check_resolved(resolved)
             if self.files != manifest.files or manifests.with_versions(manifest, fingerprint.versions()) != manifest:
-                manifest = self._register_all(claims)
+                manifest = renew(self.output, claims, self._register, fingerprint.versions())
             if self.failed:  # whose Parts will change under the summary
                 manifest = manifests.update(self.output, claims, lambda manifest: replace(manifest, summary=None))
         self.source.fix_schema(self.input_schema)
         self._is_settled = True
-        self._take(manifest)
+        self.take(manifest)
 
     def keep_to_registered(self) -> str | None:
         """Leave aside what nobody has registered yet; returns what that is, for a sentence."""
@@ -210,8 +194,17 @@ class Job:
             return None
         now, chunks, again = self.files, self.chunks, self.continued
         self._is_settled = True
-        self._take(self.manifest)
+        self.take(self.manifest)
         return more_in(now, self.files) if again or chunks != self.chunks else None
+
+    def take(self, manifest: RunManifest) -> None:
+        """Go by a run.json as it has just been read or written."""
+        self.manifest = manifest
+        for name in ("files", "chunks", "continued"):
+            self.__dict__.pop(name, None)
+        halves = redo_of(manifest.files)
+        now = attempts_of(self.output, halves)
+        self.failed |= {chunk_id: attempt for chunk_id, attempt in halves.items() if now.get(chunk_id) == attempt}
 
     def take_over(self) -> bool:
         """Take over what other processes have registered since this one did, so that all have the same to do.
@@ -225,13 +218,12 @@ class Job:
         if manifest.files == self.manifest.files:
             return False
         try:
-            self.found = list(self.source.find())
-            as_registered(manifest, self.found, self.committed())
+            self.input.find_registered(manifest, self.committed())
         except ConfigError as error:
             raise Interrupted(
                 f"other processes have registered more input, which this one cannot take: {error}"
             ) from error
-        self._take(manifest)
+        self.take(manifest)
         return True
 
     def is_as_registered(self, chunk: Chunk) -> bool:
@@ -283,71 +275,9 @@ class Job:
             )
         return now
 
-    def summarize(self, claims: Claims, summary: Mapping[str, Any]) -> None:
-        """Keep the run's summary in run.json, and clear away what killed processes left.
-
-        While others have a chunk in hand, as with `retry` by several, it may not stay true; they write theirs.
-        """
-
-        def concluded(manifest: RunManifest) -> RunManifest:
-            self._sweep(claims)  # while nobody else may write run.json
-            return replace(manifest, summary=None if claims.others() else summary)
-
-        self._take(manifests.update(self.output, claims, concluded))
-
-    def clear_away(self, claims: Claims) -> None:
-        """Remove what is left in journal/ of a run that is done; whoever was killed after its last commit could not."""
-        assert self.manifest is not None and self.manifest.summary is not None
-        with failing_run(self.output.shown(JOURNAL)):
-            leftovers = self.output.names(JOURNAL)
-        if leftovers and not claims.others():
-            self.summarize(claims, self.manifest.summary)
-
-    def _sweep(self, claims: Claims) -> None:
-        """Remove leftovers unless somebody is at work, in chunks that this process need not know."""
-        if not claims.others():
-            with failing_run(self.output.shown(JOURNAL)):
-                self.output.sweep()
-                sweep_journal(self.output, self.committed())
-
-    def _register_all(self, claims: Claims) -> RunManifest:
-        """Have run.json name the files as they are now, and the Parts of rows that have been continued since.
-
-        The file of such a row that another process has in hand stays registered as it is, for the next run.
-        """
-        held: list[str] = []
-
-        def changed(manifest: RunManifest) -> RunManifest:
-            files = self._register(manifest)
-            for chunk_id, before in continued(manifest.files, files).items():
-                if claims.try_claim(chunk_id):
-                    held.append(chunk_id)
-                else:
-                    files = tuple(before if file.ordinal == before.ordinal else file for file in files)
-            files = with_redo(files, held, self._attempts)
-            known = manifests.with_versions(manifest, fingerprint.versions())
-            return replace(known, files=files, summary=None if held else known.summary)
-
-        self._register(manifests.load(self.output))  # reads what has to be read while nobody waits for run.json
-        try:
-            return manifests.update(self.output, claims, changed)
-        finally:
-            for chunk_id in held:
-                claims.release(chunk_id)
-
-    def _attempts(self, chunk_ids: Iterable[str]) -> dict[str, str]:
-        """The attempts that wrote the Parts of those chunks that have one."""
-        wanted = list(chunk_ids)
-        there = self.committed() if wanted else set()
-        parts = {id_: read_footer(self.output, {}, part_path(id_)) for id_ in wanted if id_ in there}
-        return {chunk_id: part.attempt for chunk_id, part in parts.items()}
-
     def _register(self, manifest: RunManifest) -> tuple[SourceFile, ...]:
-        """The files of a run.json as they are now; looked for again if another process has seen more than this one."""
-        sizes = {file.name: file.size for file in self.found}
-        if any(sizes.get(file.name, -1) < file.size for file in manifest.files):
-            self.found = list(self.source.find())
-        return register(manifest, self.found, self.committed(), self.count, self.grown)
+        """The files of a run.json as they are now."""
+        return self.input.register(manifest, self.committed())
 
     def _adopt(self, manifest: RunManifest) -> None:
         """Take over a run.json after making sure that it is of this run and fits the input."""
@@ -358,41 +288,16 @@ class Job:
                 "restore the input's columns, or use another output.dir, or output.on_change=new",
                 "the input has other columns",
             )
-        self._take(manifest)
+        self.take(manifest)
 
     def _check_asked(self, manifest: RunManifest) -> None:
         """Refuse a run.json that was made with other settings."""
         asked_then = {k: v for k, v in manifest.fingerprint.items() if not k.startswith("resolved.")}
         manifests.check(asked_then, self.asked, self.output.shown(), started=bool(self.committed()))
 
-    def _find(self, stored: RunManifest | None) -> list[FoundFile]:
-        """The input files as they are now; OutputDiffers if one has other columns than the run began with."""
-        try:
-            return list(self.source.find())
-        except SchemaDiffers as error:
-            if stored is None:
-                raise
-            raise OutputDiffers(str(error)) from error
-
-    def _take(self, manifest: RunManifest) -> None:
-        self.manifest = manifest
-        for name in ("files", "chunks", "continued"):
-            self.__dict__.pop(name, None)
-        halves = redo_of(manifest.files)
-        now = self._attempts(halves)
-        self.failed |= {chunk_id: attempt for chunk_id, attempt in halves.items() if now.get(chunk_id) == attempt}
-
     def _input_schema(self) -> pa.Schema:
         """The source's; a dataset without rows or known columns has those that the run speaks of, as text."""
         schema = self.source.schema()
-        if schema.names or any(self.count(file).rows if file.rows is None else file.rows for file in self.found):
+        if schema.names or self.input.has_rows():
             return schema
         return pa.schema([(name, pa.string()) for name in columns_named(self.config)])
-
-    def _tokenizer_checkpoint(self) -> Checkpoint:
-        """The one asked for, else the adapter's own, else the model's."""
-        name = self.config.model.tokenizer
-        if name is not None:
-            return open_checkpoint(name)
-        own = None if self.adapter is None else self.adapter.tokenizer
-        return self.checkpoint if own is None else own

@@ -53,7 +53,7 @@ def merge(settings: RunConfig, file_rows: int, to: Path | None, console: Console
     """Write the files; ConfigError where they cannot go, RunFailed when writing fails, 75 when rows are missing."""
     if file_rows < 1:
         raise ConfigError(f"--rows must be at least 1, got {file_rows}")
-    job = open_job(settings)
+    job = open_job(settings, looks_only=registered)
     target = _target(job, to)
     if target.exists() and any(not path.name.startswith("merged-") for path in target.iterdir()):
         raise ConfigError(f"--to {target} holds other files than an earlier merge; name another folder")

@@ -79,9 +79,9 @@ def replay(
 
     Raises ConfigError where model or data are not what they were, or the machine cannot run them.
     """
-    job = Job(settings, output)
+    job = Job(settings, output, looks_only=True)
     job.keep_to_registered()
-    names = {file.name for file in job.found}
+    names = {file.name for file in job.input.found}
     here = {file.ordinal for file in job.files if file.name in names}
     sampled = draw([chunk for chunk in chunks if chunk.file_ordinal in here], count, seed)
     again = answer(job, [one.row for one in sampled], report, stopping)

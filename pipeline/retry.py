@@ -17,7 +17,7 @@ def look_for_errors(job: Job) -> None:
     chunks = [chunk for chunk in job.chunks if chunk.id in committed]
     footers = job.sink("").footers(chunk.id for chunk in chunks)
     failed = {chunk: part.attempt for chunk, part in zip(chunks, footers, strict=True) if part.counts.get("error_rows")}
-    there = {file.name for file in job.found}
+    there = {file.name for file in job.input.found}
     for file in job.files:
         if file.name not in there and any(chunk.file_ordinal == file.ordinal for chunk in failed):
             raise ConfigError(

@@ -25,7 +25,7 @@ from pipeline.retry import look_for_errors
 from pipeline.settings import RunConfig, SlurmSettings
 from pipeline.shift import Shift, check_time
 from pipeline.stats import IntervalRecorder, RunStats, process_age_s, with_identity, write_stats
-from pipeline.summary import summarize, summary_lines
+from pipeline.summary import clear_away, summarize, summary_lines
 from pipeline.versions import show_latest, with_job
 
 if TYPE_CHECKING:
@@ -242,7 +242,8 @@ def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:
     config = job.config
     begun = None if job.manifest is None else datetime.fromisoformat(job.manifest.created)
     prompts = PromptBuilder(tokenizer, config.task, job.input_schema.names, begun)
-    end = (tokenizer.end_token_id,) if job.tokenizer_is_adapters and tokenizer.end_token_id is not None else ()
+    brought = tokenizer.end_token_id if job.model_files.tokenizer_is_adapters else None
+    end = () if brought is None else (brought,)
     if config.task.kind == "label":
         stop = (*end, *job.checkpoint.stop_token_ids)
         return prompts, LabelTask(config.task, prompts.continuation, is_chat=prompts.is_chat, stop_token_ids=stop)
@@ -339,7 +340,7 @@ def finish(job: Job, claims: Claims, console: Console, since: datetime | None = 
     if summary is None or fresh:
         summary = summarize(job, claims)
     else:
-        job.clear_away(claims)
+        clear_away(job, claims)
     if fresh or job.has_worked or since is not None:
         write_report(job.output, job.manifest, summary)
     show_latest(job)

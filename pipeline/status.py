@@ -1,10 +1,10 @@
 """`python -m pipeline.status [overrides] [--since T] [--registered]`: what is done of a run, checked, in one line.
 
 Takes the command line of the run; `--since` (seconds since 1970) adds how many rows were answered after that time.
-New input counts as rows to do. With `--registered` it is only said: the rows are those of the files that the run had
-found when it, or a task of it, was last started.
+New input counts as rows to do, and is 2 where a run would refuse it. With `--registered` it is only said: the rows are
+those of the files that the run had found when it, or a task of it, was last started.
 Computes nothing and reads no weights. Exit codes are those of the run: 0 all rows done, 3 with too many errors,
-75 not done, 1 a damaged or foreign Part.
+75 not done, 1 a damaged or foreign Part, 2 what a run would refuse.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pipeline.command import guarded
 from pipeline.console import Console
 from pipeline.errors import RunFailed
 from pipeline.job import Job
+from pipeline.output.registration import refused_since
 from pipeline.output.store import RESULTS
 from pipeline.process import ExitCode
 from pipeline.settings import RunConfig
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def status(settings: RunConfig, since: float | None, console: Console, registered: bool = False) -> ExitCode:
     """Print the line; raises ConfigError where the output does not fit the command line, RunFailed on a bad Part."""
-    job = open_job(settings)
+    job = open_job(settings, looks_only=True)
     if job.manifest is None:
         console.result(f"{job.output.shown()}: not begun, {job.num_rows:,} rows to do")
         return ExitCode.NOT_DONE
@@ -59,8 +60,10 @@ def status(settings: RunConfig, since: float | None, console: Console, registere
     said += [] if since is None else [f"{_rows_since(job, since):,} rows new"]
     said += [f"{len(pending):,} of {len(job.chunks):,} chunks left, {held:,} of them in work"] if pending else []
     said += [] if more is None else [more]
-    said += job.source.left
+    said += [*job.source.left, *map(refused_since, job.input.refused.values())]
     console.result(f"{job.output.shown()}: {', '.join(said)}")
+    if job.input.refused and not registered:
+        return ExitCode.BAD_CONFIG
     if not job.is_answered():
         return ExitCode.NOT_DONE
     return ExitCode.TOO_MANY_ERRORS if errors > settings.max_error_rate * max(1, rows) else ExitCode.DONE

@@ -1,15 +1,20 @@
-"""What came out of a run: totals over all Parts, and the lines that say so at its end."""
+"""What came out of a run: totals over all Parts, kept in run.json, and the lines that say so at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from pipeline.errors import RunFailed
 from pipeline.job import Job
+from pipeline.output import manifest as manifests
 from pipeline.output.claims import Claims
-from pipeline.output.store import RESULTS
+from pipeline.output.durable import failing_run
+from pipeline.output.journal import sweep as sweep_journal
+from pipeline.output.manifest import RunManifest
+from pipeline.output.store import JOURNAL, RESULTS
 from pipeline.stats import last_stats, stats_since, together
 
 
@@ -34,8 +39,38 @@ def summarize(job: Job, claims: Claims) -> dict[str, Any]:
 
         judged = accuracy(job.output.dataset(RESULTS), truth)
         summary["accuracy"] = {"column": truth, "rows": judged.judged, "correct": judged.correct, "value": judged.value}
-    job.summarize(claims, summary)
+    _keep(job, claims, summary)
     return summary
+
+
+def clear_away(job: Job, claims: Claims) -> None:
+    """Remove what is left in journal/ of a run that is done; whoever was killed after its last commit could not."""
+    assert job.manifest is not None and job.manifest.summary is not None
+    with failing_run(job.output.shown(JOURNAL)):
+        leftovers = job.output.names(JOURNAL)
+    if leftovers and not claims.others():
+        _keep(job, claims, job.manifest.summary)
+
+
+def _keep(job: Job, claims: Claims, summary: Mapping[str, Any]) -> None:
+    """Keep the summary in run.json, and clear away what killed processes left.
+
+    While others have a chunk in hand, as with `retry` by several, it may not stay true; they write theirs.
+    """
+
+    def concluded(manifest: RunManifest) -> RunManifest:
+        _sweep(job, claims)  # while nobody else may write run.json
+        return replace(manifest, summary=None if claims.others() else summary)
+
+    job.take(manifests.update(job.output, claims, concluded))
+
+
+def _sweep(job: Job, claims: Claims) -> None:
+    """Remove leftovers unless somebody is at work, in chunks that this process need not know."""
+    if not claims.others():
+        with failing_run(job.output.shown(JOURNAL)):
+            job.output.sweep()
+            sweep_journal(job.output, job.committed())
 
 
 def summary_lines(job: Job, summary: Mapping[str, Any], since: datetime | None) -> list[str]:

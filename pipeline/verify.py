@@ -4,7 +4,8 @@ Every input row is there once, and as it was: Parts are read to their end and co
 input files; of files that are gone it is said. OUT is the folder or URL of the output; without it, the command line is
 that of the run. Further key=value change what run.json says of the run, where data or model have moved to, or
 credentials, which run.json does not hold. `--replay N` answers N rows again, drawn with `--seed`, on this machine.
-Exit codes: 0 all is well, 1 something is wrong, 2 OUT is no output.
+Exit codes: 0 all is well, 1 something is wrong, 2 OUT is no output, 75 nothing is wrong, but a row that was
+half-written has been continued, and is still to be answered again.
 """
 
 from __future__ import annotations
@@ -12,23 +13,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config
 from pipeline.command import guarded
+from pipeline.compared_input import compare_input
 from pipeline.console import Console
 from pipeline.data.files import is_url
-from pipeline.data.open import open_source
-from pipeline.data.source import Chunk, SourceFile, chunks_within
+from pipeline.data.source import Chunk, chunks_within
 from pipeline.errors import ConfigError
 from pipeline.findings import Report
 from pipeline.output import manifest as manifests
 from pipeline.output.durable import failing_run
 from pipeline.output.open import open_store
+from pipeline.output.registration import redo_of
 from pipeline.output.sink import NO_ROWS, committed_parts, part_name, part_path
 from pipeline.output.store import RESULTS, RUN_JSON
 from pipeline.process import ExitCode, Stopping
@@ -36,9 +38,6 @@ from pipeline.settings import RunConfig
 from pipeline.versions import numbers_of, open_job, version_name
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from pipeline.data.source import FoundFile, Source
     from pipeline.output.manifest import RunManifest
     from pipeline.output.store import Store
 
@@ -71,21 +70,27 @@ def verify(
     report.notes += _versions(output)
     report.problems += _names(output, manifest, chunks, committed)
     there = [chunk for chunk in chunks or [NO_ROWS] if chunk.id in committed]
-    totals = _read_parts(output, manifest, there, report)
+    totals, readable = _read_parts(output, manifest, there, report)
     if len(there) == len(chunks) and chunks:
         report.problems += _totals(manifest, totals, len(chunks))
-    _compare_input(output, manifest, settings, there, report)
+    halves = _half_rows(output, manifest, readable)
+    report.pending += [_half_row(output, manifest, chunk) for chunk in halves]
+    readable = [chunk for chunk in readable if chunk not in halves]
+    compare_input(output, manifest, settings, readable, report)
     if replays and chunks:
         from pipeline.replay import replay
 
         try:
-            replay(settings, output, [c for c in chunks if c.id in committed], replays, seed, report, stopping)
+            replay(settings, output, readable, replays, seed, report, stopping)
         except ConfigError as error:
             report.problems.append(f"no row could be answered again: {error}")
     report.show(console)
     rows = f"{totals['rows']:,} rows in {len(there):,} of {max(1, len(chunks)):,} parts"
-    console.result(f"{output.shown()}: {rows}, {len(report.problems) or 'nothing'} wrong")
-    return ExitCode.FAILED if report.problems else ExitCode.DONE
+    left = f", {len(report.pending):,} pending" if report.pending else ""
+    console.result(f"{output.shown()}: {rows}, {len(report.problems) or 'nothing'} wrong{left}")
+    if report.problems:
+        return ExitCode.FAILED
+    return ExitCode.NOT_DONE if report.pending else ExitCode.DONE
 
 
 def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
@@ -102,7 +107,7 @@ def _opened(arguments: Sequence[str]) -> tuple[Store, RunManifest, RunConfig]:
 
 def _output_of(settings: RunConfig) -> Store:
     if settings.output.on_change == "new":
-        return open_job(settings).output
+        return open_job(settings, looks_only=True).output
     return open_store(settings.output.dir, settings.output.storage_options)
 
 
@@ -137,17 +142,41 @@ def _names(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], commit
         yield f"{output.shown(RESULTS)}/{name} is no Part of a chunk of run.json"
 
 
-def _read_parts(output: Store, manifest: RunManifest, chunks: Sequence[Chunk], report: Report) -> Counter[str]:
-    """The counts of all Parts, as many read at a time as the store is quick at."""
+def _read_parts(
+    output: Store, manifest: RunManifest, chunks: Sequence[Chunk], report: Report
+) -> tuple[Counter[str], list[Chunk]]:
+    """The counts of all Parts, as many read at a time as the store is quick at, and the chunks whose rows are there."""
     from pipeline.output.inspection import inspect_part
 
     schema = manifest.schema.with_metadata(manifest.part_metadata())
     totals: Counter[str] = Counter()
+    readable: list[Chunk] = []
     with ThreadPoolExecutor(output.reads_at_once) as pool:
-        for found in pool.map(lambda chunk: inspect_part(output, schema, chunk), chunks):
+        for chunk, found in zip(chunks, pool.map(partial(inspect_part, output, schema), chunks), strict=True):
             totals.update(found.counts)
             report.problems += found.problems
-    return totals
+            readable += [chunk] if found.is_read else []
+    return totals, readable
+
+
+def _half_rows(output: Store, manifest: RunManifest, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Those whose Part is still the one that was made of half a row, which has been continued since."""
+    from pipeline.output.part import read_footer
+
+    attempts = redo_of(manifest.files)
+    return [
+        chunk
+        for chunk in chunks
+        if chunk.id in attempts and read_footer(output, {}, part_path(chunk.id)).attempt == attempts[chunk.id]
+    ]
+
+
+def _half_row(output: Store, manifest: RunManifest, chunk: Chunk) -> str:
+    name = next(file.name for file in manifest.files if file.ordinal == chunk.file_ordinal)
+    return (
+        f"row {chunk.first_row:,} of {name} was half-written when it was answered, and has been continued; the next "
+        f"run puts its answer into {output.shown(part_path(chunk.id))}"
+    )
 
 
 def _totals(manifest: RunManifest, totals: Counter[str], chunks: int) -> Iterator[str]:
@@ -156,84 +185,6 @@ def _totals(manifest: RunManifest, totals: Counter[str], chunks: int) -> Iterato
     for key in ("rows", "error_rows", "prompt_tokens", "completion_tokens", "target_tokens"):
         if summary.get("chunks") == chunks and summary.get(key, totals[key]) != totals[key]:
             yield f"{RUN_JSON} says {key}={summary[key]:,} of all Parts, and they have {totals[key]:,}"
-
-
-def _compare_input(
-    output: Store, manifest: RunManifest, settings: RunConfig, chunks: Sequence[Chunk], report: Report
-) -> None:
-    """Hold the input columns that are in the Parts against the input, file by file."""
-    source = open_source(settings.data)
-    source.fix_schema(manifest.input_schema)
-    try:
-        found = {file.name: file for file in source.find()}
-    except ConfigError as error:
-        report.notes.append(f"the input was not compared: {error}")
-        return
-    report.notes += [*_came_since(manifest, found, source), *source.left]
-    for file in manifest.files:
-        now = found.get(file.name)
-        if now is None:
-            report.notes.append(f"{file.path} is gone, its rows were not compared with it")
-            continue
-        file = replace(file, path=now.path)
-        if (now.size, now.digest) != (file.size, file.digest):
-            counted = source.grown(file, now)
-            if isinstance(counted, str):
-                sizes = f"{now.size} bytes, then {file.size}"
-                report.problems.append(f"{now.path} is not the file that was registered ({sizes}): {counted}")
-                continue
-            added = f"has {counted.rows - file.rows:,} more rows than are registered"
-            report.notes.append(f"{now.path} {added}; the next run takes them")
-        mine = [chunk for chunk in chunks if chunk.file_ordinal == file.ordinal and chunk.num_rows]
-        report.problems += _compare_rows(output, manifest, source, file, mine)
-
-
-def _came_since(manifest: RunManifest, found: Mapping[str, FoundFile], source: Source) -> Iterator[str]:
-    """New files, which are nothing wrong; those beyond `data.limit` are not wanted."""
-    known = {file.name for file in manifest.files}
-    new = [file for name, file in found.items() if name not in known]
-    limit = manifest.fingerprint.get("data.limit")
-    if not new or (limit is not None and sum(file.rows for file in manifest.files) >= limit):
-        return
-    shown = f"{new[0].path} and {len(new) - 1:,} more files" if len(new) > 1 else new[0].path
-    try:
-        rows = sum(source.count(file).rows for file in new)
-    except ConfigError as error:
-        yield f"{shown} came since, and cannot be read yet ({error})"
-    else:
-        yield f"{shown} came since, with {rows:,} rows; the next run takes them"
-
-
-def _compare_rows(
-    output: Store, manifest: RunManifest, source: Source, file: SourceFile, chunks: Sequence[Chunk]
-) -> Iterator[str]:
-    kept = manifest.schema.names[: manifest.schema.get_field_index("row_id")]
-    if not kept:
-        return
-    for chunk, rows in zip(chunks, source.read(file, chunks), strict=True):
-        part = _kept_columns(output, chunk, kept)
-        if part is not None and not _same(part, rows.table.select(kept)):
-            yield f"{output.shown(part_path(chunk.id))} holds other rows than {file.path} has there"
-
-
-def _kept_columns(output: Store, chunk: Chunk, kept: Sequence[str]) -> pa.Table | None:
-    """None for a Part that cannot be read, which has been told."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with output.open(part_path(chunk.id)) as source, pq.ParquetFile(source) as file:
-            return file.read(list(kept), use_threads=False)
-    except (pa.ArrowException, OSError, ValueError):
-        return None
-
-
-def _same(one: pa.Table, other: pa.Table) -> bool:
-    """Whether two tables have the same values; NaN is the same as NaN."""
-    one = one.replace_schema_metadata(None)
-    if one.schema.names != other.schema.names or one.num_rows != other.num_rows:
-        return False
-    return bool(one.equals(other)) or repr(one.to_pylist()) == repr(other.to_pylist())
 
 
 if __name__ == "__main__":

@@ -58,18 +58,18 @@ def with_job(config: RunConfig, body: Callable[[Job], T]) -> T:
     raise RunFailed(f"output.dir {config.output.dir} changes all the time; stop the other runs, and run this one again")
 
 
-def open_job(config: RunConfig, resolved: Mapping[str, Any] | None = None) -> Job:
+def open_job(config: RunConfig, resolved: Mapping[str, Any] | None = None, *, looks_only: bool = False) -> Job:
     """The job of the newest version that has the configuration's settings and input, else of the next one.
 
     Nothing is written. Raises what Job raises. `resolved` are device, dtype and kernel, as far as they are known.
     """
     if config.output.on_change != "new":
-        return Job(config)
+        return Job(config, looks_only=looks_only)
     root = open_store(config.output.dir, config.output.storage_options)
     because = ""
     numbers = numbers_of(root)
     for number in reversed(numbers):
-        job = _fitting(config, root, number, resolved)
+        job = _fitting(config, root, number, resolved, looks_only)
         if isinstance(job, Job) and job.manifest is None and number < numbers[-1]:
             job = "its run.json is gone"  # removed by hand: nothing is put in its place
         if isinstance(job, Job):
@@ -77,7 +77,7 @@ def open_job(config: RunConfig, resolved: Mapping[str, Any] | None = None) -> Jo
         where = root.shown() if number == 1 else root.shown(version_name(number))
         because = because or f"{where} was made otherwise ({job})"
     number = numbers[-1] + 1
-    return _told(Job(config, _store(config, root, number), number), root, because)
+    return _told(Job(config, _store(config, root, number), number, looks_only=looks_only), root, because)
 
 
 def _told(job: Job, root: Store, because: str) -> Job:
@@ -104,10 +104,12 @@ def numbers_of(root: Store) -> list[int]:
     return sorted({1, *found})
 
 
-def _fitting(config: RunConfig, root: Store, number: int, resolved: Mapping[str, Any] | None) -> Job | str:
+def _fitting(
+    config: RunConfig, root: Store, number: int, resolved: Mapping[str, Any] | None, looks_only: bool
+) -> Job | str:
     """The job of a version, or in what it differs; one without run.json is anybody's."""
     try:
-        job = Job(config, _store(config, root, number), number)
+        job = Job(config, _store(config, root, number), number, looks_only=looks_only)
         if resolved is not None:
             job.check_resolved(resolved)
         assert job.files is not None  # registers them, which finds those that have changed

@@ -41,8 +41,8 @@ def _broken_of(column: pa.ChunkedArray) -> Iterator[tuple[int, tuple[str, str]]]
 
 def _broken(values: pa.Array, first: int, count: int) -> Iterator[tuple[int, str]]:
     """The broken ones of `count` values, found by halving, each with the reason."""
-    # Taken, because a slice of lists has the elements of all of them.
-    reason = _reason(values.take(pa.array(range(first, first + count), pa.int64())))
+    # Copied, because a slice of lists has the elements of all of them.
+    reason = _reason(pa.concat_arrays([values.slice(first, count)]))
     if reason is not None and count == 1:
         yield first, reason
     elif reason is not None:
@@ -62,9 +62,13 @@ def _reason(values: pa.Array | pa.ChunkedArray) -> str | None:
 
 def _raw(value: pa.Array) -> str:
     """Text that is no UTF-8 with its wrong bytes escaped; nothing for values of other types."""
-    if not (pa.types.is_string(value.type) or pa.types.is_large_string(value.type)):
+    if pa.types.is_string_view(value.type):
+        raw = value.view(pa.binary_view())
+    elif pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
+        raw = value.cast(pa.large_binary())
+    else:
         return ""
-    text = value.cast(pa.large_binary())[0].as_py().decode("utf-8", "backslashreplace")
+    text = raw[0].as_py().decode("utf-8", "backslashreplace")
     return f"; it is: {text if len(text) <= RAW_CHARACTERS else text[:RAW_CHARACTERS] + '...'}"
 
 
@@ -72,7 +76,9 @@ def _without(column: pa.ChunkedArray, rows: Container[int]) -> pa.ChunkedArray:
     """The column with null in these rows."""
     first, chunks = 0, []
     for chunk in column.chunks:
-        kept = [None if first + index in rows else index for index in range(len(chunk))]
-        chunks.append(chunk.take(pa.array(kept, pa.int64())))
+        kept = [
+            pa.nulls(1, chunk.type) if first + index in rows else chunk.slice(index, 1) for index in range(len(chunk))
+        ]
+        chunks.append(pa.concat_arrays(kept) if kept else chunk)
         first += len(chunk)
     return pa.chunked_array(chunks, column.type)

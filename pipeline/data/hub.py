@@ -64,6 +64,7 @@ class HubSource:
         self._asked = asked or HubAsked()
         self._schema: pa.Schema | None = None
         self.left: Sequence[str] = ()
+        self.refused: Mapping[str, ConfigError] = {}
         self._saved: dict[str, _Saved] = {}
 
     def find(self) -> list[FoundFile]:

@@ -43,6 +43,7 @@ class JsonlSource:
         self._storage_options = storage_options or {}
         self._schema: pa.Schema | None = None
         self.left: Sequence[str] = ()
+        self.refused: Mapping[str, ConfigError] = {}
         self._files: dict[str, Located] = {}
         self._indexes: dict[str, LineIndex] = {}
 

@@ -23,37 +23,30 @@ _SIGNATURE_BYTES = 28  # nonce and tag behind a footer in plain text, where colu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footer:
-    """What the end of a file says; `digest` of the footer and the size."""
+    """What the end of a file says; `digest` of the footer and the size.
+
+    `dictionaries` are the paths of text in dictionary columns. It has to be asked for as such (`read_dictionary`), with
+    indices of 32 bits: for the narrower ones of the schema (pandas' are of 8) pyarrow casts the values too, and refuses
+    a whole row group for one that is no UTF-8.
+    """
 
     rows: int
     digest: str
     schema: pa.Schema
+    dictionaries: tuple[str, ...] = ()
 
 
-def read_footers(files: Sequence[Located], columns: Sequence[str] | None) -> list[Footer]:
-    """Check and describe files by their last bytes.
+def read_tails(files: Sequence[Located]) -> list[bytes]:
+    """The last bytes of files, in which their footers mostly are."""
+    return read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
+
+
+def parse_footer(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
+    """Check and describe a file by its last bytes.
 
     ConfigError for one that is not a whole Parquet file, or is encrypted; if only some of its columns are,
     naming `columns` is taken to avoid them.
     """
-    tails = read_ranges(files, [(max(0, file.size - _TAIL_BYTES), file.size) for file in files])
-    return [_parse(file, tail, columns) for file, tail in zip(files, tails, strict=True)]
-
-
-def is_being_written(file: Located, now: float) -> bool:
-    """Whether a local file begins as Parquet, has no footer yet and was written to not long before `now`.
-
-    In an object store a file appears whole, so one without a footer has been cut.
-    """
-    if file.mtime_ns is None or now - file.mtime_ns / 1e9 > WRITING_S:
-        return False
-    with reaching(file.path):
-        head = file.read_range(0, min(file.size, len(_MAGIC)))
-        tail = file.read_range(max(0, file.size - _TAIL_BYTES), file.size)
-    return _MAGIC.startswith(head) and _footer_bytes(file, tail) is None
-
-
-def _parse(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
     footer = _footer_bytes(file, tail)
     if footer is None:
         raise _not_parquet(file)
@@ -75,7 +68,36 @@ def _parse(file: Located, tail: bytes, columns: Sequence[str] | None) -> Footer:
     if sum(groups) != metadata.num_rows or min(groups, default=0) < 0:
         raise _damaged(file, f"it says {metadata.num_rows} rows, and {sum(groups)} in its row groups")
     digest = hashlib.sha256(footer + file.size.to_bytes(8, "little")).hexdigest()
-    return Footer(rows=metadata.num_rows, digest=digest, schema=schema)
+    return Footer(rows=metadata.num_rows, digest=digest, schema=schema, dictionaries=_dictionaries(reader))
+
+
+def _dictionaries(reader: pq.ParquetFile) -> tuple[str, ...]:
+    """The paths of the leaves of text below columns that hold dictionaries."""
+    roots = [field.name for field in reader.schema_arrow if _holds_dictionary(field.type)]
+    if not roots:
+        return ()
+    leaves = [reader.schema.column(index) for index in range(len(reader.schema))]
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    return tuple(path for path in texts if any(path == root or path.startswith(f"{root}.") for root in roots))
+
+
+def _holds_dictionary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return True
+    return any(_holds_dictionary(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def is_being_written(file: Located, now: float) -> bool:
+    """Whether a local file begins as Parquet, has no footer yet and was written to not long before `now`.
+
+    In an object store a file appears whole, so one without a footer has been cut.
+    """
+    if file.mtime_ns is None or now - file.mtime_ns / 1e9 > WRITING_S:
+        return False
+    with reaching(file.path):
+        head = file.read_range(0, min(file.size, len(_MAGIC)))
+        tail = file.read_range(max(0, file.size - _TAIL_BYTES), file.size)
+    return _MAGIC.startswith(head) and _footer_bytes(file, tail) is None
 
 
 def _damaged(file: Located, reason: str) -> ConfigError:

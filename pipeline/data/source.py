@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from pipeline.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundFile:
@@ -98,8 +100,15 @@ class Source(Protocol):
     left: Sequence[str]
     """A sentence for each file that `find` has left for a later run, because it is still being written."""
 
+    refused: Mapping[str, ConfigError]
+    """Files, by name, that `find` has come upon once there was a run's first start, and that are none of the run."""
+
     def find(self) -> Sequence[FoundFile]:
-        """The files as they are now, without reading their rows; ConfigError where there are none."""
+        """The files as they are now, without reading their rows; ConfigError where there are none.
+
+        It is ConfigError too where files do not go together; once the schema is fixed, those that do not fit it are
+        `refused` instead, where they can be told from the others.
+        """
         ...
 
     def count(self, found: FoundFile) -> Counted:

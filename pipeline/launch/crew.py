@@ -125,7 +125,7 @@ def run_crew(
             return finish(job, claims, console)
         loading.over()
         codes = crew().work(job, stopping)
-        after = open_job(config)  # by now there is a run.json
+        after = open_job(config, looks_only=True)  # by now there is a run.json
         after.keep_to_registered()
         if ExitCode.DONE not in codes:  # else somebody has seen all of them done again; errors may have come again
             look_for_errors(after)

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipeline.core import FinishReason
 from pipeline.errors import RunFailed
-from pipeline.output.part import COUNTS_KEY, PAGES_KEY, pages_digest
+from pipeline.output.part import ATTEMPT_KEY, COUNTS_KEY
+from pipeline.output.seal import PAGES_KEY, footer_of, is_as_sealed, pages_digest
 from pipeline.output.sink import part_path
 from pipeline.output.store import StoreError
 
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
     from pipeline.output.store import Store
 
 BATCH_ROWS = 8192
+_ARROW_KEY = "ARROW:schema"
+"""Where pyarrow keeps the schema in its own words."""
 
 
 @dataclass(slots=True)
 class Inspected:
-    """What a Part's rows come to, as counted now, and what is wrong with it, a sentence each."""
+    """What a Part's rows come to, as counted now, and what is wrong with it, a sentence each.
+
+    `is_read` says that its rows could be read, and are as many as its chunk has.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    is_read: bool = False
 
 
 def inspect_part(store: Store, schema: pa.Schema, chunk: Chunk) -> Inspected:
@@ -43,21 +50,34 @@ def inspect_part(store: Store, schema: pa.Schema, chunk: Chunk) -> Inspected:
     """
     found, shown = Inspected(), store.shown(part_path(chunk.id))
     try:
-        with (
-            store.open(part_path(chunk.id)) as source,
-            pq.ParquetFile(source, page_checksum_verification=True) as file,
-        ):
-            found.problems += _described(file, schema, chunk)
-            found.problems += _hashed(source, file.metadata.metadata)
-            if file.schema_arrow.equals(schema):
-                found.problems += _rows(file, chunk, found.counts)
-                found.problems += _counted(file.schema_arrow.metadata or {}, file.metadata.metadata, found.counts)
+        with store.open(part_path(chunk.id)) as source:
+            _inspect(source, schema, chunk, found)
     except StoreError as error:
         raise RunFailed(f"{shown} could not be read ({error}); run the same command again") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         found.problems.append(f"cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__})")
     found.problems = [f"{shown}: {problem}" for problem in found.problems]
     return found
+
+
+def _inspect(source: BinaryIO, schema: pa.Schema, chunk: Chunk, found: Inspected) -> None:
+    """The same of an open Part; by a damaged footer nothing is read, since nobody knows what would come of it."""
+    footer = footer_of(source)
+    sealed = is_as_sealed(footer)
+    if sealed is False:
+        found.problems.append(
+            "has another footer than was committed (by the hash in it), so that its rows are not read"
+        )
+        return
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        found.problems += _described(file, schema, chunk)
+        if sealed is None:
+            found.problems += _named(schema, file.metadata.metadata)
+        found.problems += _hashed(source, footer, file.metadata.metadata)
+        if file.schema_arrow.equals(schema):
+            found.problems += _rows(file, chunk, found.counts)
+            found.problems += _counted(file.schema_arrow.metadata or {}, file.metadata.metadata, found.counts)
+            found.is_read = found.counts["rows"] == chunk.num_rows
 
 
 def _described(file: pq.ParquetFile, schema: pa.Schema, chunk: Chunk) -> Iterator[str]:
@@ -76,10 +96,17 @@ def _described(file: pq.ParquetFile, schema: pa.Schema, chunk: Chunk) -> Iterato
             yield f"says {key.decode()}={_text(said.get(key))}, and run.json has {value.decode()}"
 
 
-def _hashed(source: BinaryIO, said: Mapping[bytes, bytes] | None) -> Iterator[str]:
+def _named(schema: pa.Schema, said: Mapping[bytes, bytes] | None) -> Iterator[str]:
+    """What a footer without hash, as older versions wrote it, says more than they did: a key that was damaged."""
+    known = {key.encode() for key in (_ARROW_KEY, COUNTS_KEY, ATTEMPT_KEY, PAGES_KEY)} | (schema.metadata or {}).keys()
+    for key in sorted((said or {}).keys() - known):
+        yield f"has {_text(key)} in its footer, which is nothing that a Part says"
+
+
+def _hashed(source: BinaryIO, footer: bytes, said: Mapping[bytes, bytes] | None) -> Iterator[str]:
     """Where the bytes of the pages are not those that were committed; Parts of older versions do not say."""
     digest = (said or {}).get(PAGES_KEY.encode())
-    if digest is not None and digest.decode("utf-8", "replace") != pages_digest(source):
+    if digest is not None and digest.decode("utf-8", "replace") != pages_digest(source, footer):
         yield "has other bytes than were committed (by their hash in its footer)"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +13,16 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed
 from pipeline.output.durable import failing_run
+from pipeline.output.seal import MAGIC, footer_of, is_as_sealed
 from pipeline.output.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from typing import BinaryIO
 
     from pipeline.output.store import Store
 
 COUNTS_KEY = "pipeline.counts"
 ATTEMPT_KEY = "pipeline.attempt"
-PAGES_KEY = "pipeline.pages"
-"""A hash of all before the footer: Parquet's checksums are of single pages, and say nothing of a file written anew."""
-_BLOCK_BYTES = 2**20
-_FOOTER_END_BYTES = 8  # the footer's length (4 bytes, little endian) and the magic
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,64 +33,15 @@ class Footer:
     attempt: str
 
 
-class HashedFile:
-    """A file to write from the beginning to the end, and the hash of what has been written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = _new_hash()
-
-    def write(self, data: bytes) -> int:
-        """Behind all that was written before."""
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        """How much was written."""
-        return self._file.tell()
-
-    def flush(self) -> None:
-        """Nothing is kept here."""
-        self._file.flush()
-
-    @property
-    def closed(self) -> bool:
-        """Whether the file is."""
-        return self._file.closed
-
-    def digest(self) -> str:
-        """Of all that was written so far."""
-        return self._hash.hexdigest()
-
-
-def pages_digest(file: BinaryIO) -> str:
-    """The hash of all that is before the footer of a Part; ValueError where there is no footer."""
-    size = file.seek(0, 2)
-    file.seek(max(0, size - _FOOTER_END_BYTES))
-    left = size - _FOOTER_END_BYTES - int.from_bytes(file.read(4), "little")
-    if left < 0:
-        raise ValueError("it has no footer")
-    digest = _new_hash()
-    file.seek(0)
-    while left:
-        block = file.read(min(left, _BLOCK_BYTES))
-        if not block:
-            raise ValueError("it ends before its footer")
-        digest.update(block)
-        left -= len(block)
-    return digest.hexdigest()
-
-
-def _new_hash() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=32)
-
-
 def read_footer(store: Store, expected: Mapping[bytes, bytes], name: str) -> Footer:
-    """The footer of a Part; RunFailed if it is unreadable, or not `expected` by the schema's metadata."""
+    """The footer of a Part; RunFailed if it is unreadable, damaged, or not `expected` by the schema's metadata."""
     shown = store.shown(name)
     try:
         with store.open(name) as file:
-            metadata = pq.read_metadata(file).metadata or {}
+            said = footer_of(file)
+        if is_as_sealed(said) is False:
+            raise ValueError("its footer is damaged")
+        metadata = pq.read_metadata(pa.BufferReader(MAGIC + said)).metadata or {}
         footer = Footer(json.loads(metadata[COUNTS_KEY.encode()]), metadata[ATTEMPT_KEY.encode()].decode())
     except StoreError as error:
         raise RunFailed(f"{shown} could not be read ({error}); run the same command again") from error

@@ -109,6 +109,11 @@ def more_in(now: Sequence[SourceFile], before: Sequence[SourceFile]) -> str | No
     return f"{_count(rows, 'row')} in {' and '.join(kinds)} came since; the next run takes them"
 
 
+def refused_since(sentence: str) -> str:
+    """What a run would say of a new file, for those who go on without it."""
+    return f"a file that came since cannot be taken, and ends the next run: {sentence}"
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 

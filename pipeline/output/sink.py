@@ -17,13 +17,12 @@ from pipeline.output.durable import failing_run
 from pipeline.output.part import (
     ATTEMPT_KEY,
     COUNTS_KEY,
-    PAGES_KEY,
     CommittedPart,
     Footer,
-    HashedFile,
     read_footer,
     read_part,
 )
+from pipeline.output.seal import SealedFile
 from pipeline.output.store import JOURNAL, RESULTS
 
 if TYPE_CHECKING:
@@ -160,9 +159,9 @@ class Sink:
                 pool.shutdown(cancel_futures=True)
 
     def _write(self, file: BinaryIO, table: pa.Table, counts: Mapping[str, int]) -> None:
-        hashed = HashedFile(file)
-        with pq.ParquetWriter(hashed, self._schema, compression=self._compression, **_CHECKED) as writer:
+        sealed = SealedFile(file)
+        with pq.ParquetWriter(sealed, self._schema, compression=self._compression, **_CHECKED) as writer:
             writer.write_table(table, row_group_size=self._row_group_rows)
             counted = json.dumps(dict(counts), sort_keys=True)
-            about = {COUNTS_KEY: counted, ATTEMPT_KEY: self._attempt, PAGES_KEY: hashed.digest()}
-            writer.add_key_value_metadata(about)
+            writer.add_key_value_metadata({COUNTS_KEY: counted, ATTEMPT_KEY: self._attempt, **sealed.end_pages()})
+        sealed.end_footer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,10 +18,21 @@ BYTES = [b"a", b"\xff\xfe", None, b"b" * 70_000 + b"\xe9", b"c"]
 GOOD = [0, 2, 4]
 
 
-def texts(kind: pa.DataType) -> pa.Array:
+def texts(kind: pa.DataType, values: Sequence[bytes | None] = BYTES) -> pa.Array:
     """Text whose bytes nobody has checked."""
-    binary = pa.array(BYTES, pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
-    return pa.Array.from_buffers(kind, len(BYTES), binary.buffers(), binary.null_count)
+    binary = pa.array(values, pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
+    return pa.Array.from_buffers(kind, len(values), binary.buffers(), binary.null_count)
+
+
+def coded(indices: pa.DataType, kind: pa.DataType | None = None) -> pa.Array:
+    """The same as a dictionary column: pandas makes one with indices of 8 bits of its categories."""
+    values = texts(kind or pa.string(), [value for value in BYTES if value is not None])
+    return pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 3], indices), values)
+
+
+def viewed() -> pa.Array:
+    """The same with the bytes elsewhere, as Polars has it."""
+    return pa.Array.from_buffers(pa.string_view(), len(BYTES), pa.array(BYTES, pa.binary_view()).buffers(), 1)
 
 
 SHAPES: dict[str, Callable[[], pa.Array]] = {
@@ -30,6 +41,13 @@ SHAPES: dict[str, Callable[[], pa.Array]] = {
     "struct": lambda: pa.StructArray.from_arrays([texts(pa.string())], ["k"]),
     "list": lambda: pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), texts(pa.string())),
     "map": lambda: pa.MapArray.from_arrays(pa.array(range(6), pa.int32()), pa.array(range(5)), texts(pa.string())),
+    "string of a dictionary": lambda: coded(pa.int32()),
+    "string of a narrow dictionary": lambda: coded(pa.int8()),
+    "large_string of a wide dictionary": lambda: coded(pa.int64(), pa.large_string()),
+    "struct of a dictionary": lambda: pa.StructArray.from_arrays([coded(pa.int8())], ["k"]),
+    "list of a dictionary": lambda: pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), coded(pa.int8())),
+    "string_view": viewed,
+    "list of string_view": lambda: pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), viewed()),
 }
 
 
@@ -41,10 +59,10 @@ def test_text_that_is_no_utf8_is_null_and_a_reason(tmp_path: Path, shape: str, c
     table, reasons = read_all(ParquetSource(str(tmp_path / "x.parquet")), chunk_rows)
     assert table["id"].to_pylist() == list(range(5)), "the row's other values stay"
     assert [index for index, reason in enumerate(reasons) if reason is None] == GOOD
-    assert table["v"].take(GOOD).to_pylist() == column.take(pa.array(GOOD)).to_pylist()
+    assert [table["v"][row].as_py() for row in GOOD] == [column[row].as_py() for row in GOOD]
     assert table["v"][1].as_py() is None and table["v"][3].as_py() is None
     assert reasons[1] is not None and "x.parquet: the value of v cannot be read (text that is not valid" in reasons[1]
-    if "string" in shape:
+    if shape.startswith(("string", "large_string")):
         assert reasons[1].endswith(r"it is: \xff\xfe")
         assert reasons[3] is not None and len(reasons[3]) < 66_000
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.parquet import ParquetSource
+from pipeline.data.parquet_rows import RowCursor
 from pipeline.data.source import Chunk, SourceFile, chunks_of
 from pipeline.errors import ConfigError, RunFailed
 
@@ -252,7 +255,7 @@ def test_columns_beside_encrypted_ones_can_be_read(tmp_path: Path) -> None:
     assert read_all(ParquetSource(str(path), ["id"]), 4)["id"].to_pylist() == list(range(10))
     source = ParquetSource(str(path), ["id", "prompt"])
     (file,) = registered(source)
-    with pytest.raises(RunFailed, match=r"row group 0 cannot be read \(Cannot decrypt"):
+    with pytest.raises(ConfigError, match=r"row group 0, column prompt, cannot be read \(Cannot decrypt"):
         next(iter(source.read(file, chunks_of(file, 4))))
 
 
@@ -427,17 +430,28 @@ def test_the_schema_of_the_first_start_is_held_to(tmp_path: Path) -> None:
         source.fix_schema(schema)
         return source
 
+    def refused() -> str:
+        """What is said of the one file that does not fit; the other one is found."""
+        source = resumed()
+        assert [file.name for file in source.find()] == ["y=1/a.parquet"]
+        ((name, error),) = source.refused.items()
+        assert name.endswith("/b.parquet")
+        return str(error)
+
     assert read_all(resumed(), 2)["y"].to_pylist() == [1, 1, 1]
     other = write(tmp_path / "y=2/b.parquet", rows(2).append_column("new", pa.array([1, 2])))
-    with pytest.raises(ConfigError, match=rf"column new is missing in the run's first start and int64 in {other}"):
-        resumed().find()
+    assert f"column new is missing in the run's first start and int64 in {other}" in refused()
     write(other, rows(2).set_column(0, "id", pa.array(["x", "y"])))
-    with pytest.raises(ConfigError, match=rf"column id is int64 in the run's first start and string in {other}"):
-        resumed().find()
+    assert f"column id is int64 in the run's first start and string in {other}" in refused()
+    other.write_bytes(b"PAR1 and no more")
+    os.utime(other, (0, 0))
+    assert f"{other} is a truncated Parquet file" in refused()
     other.unlink()
-    write(tmp_path / "y=x/b.parquet", rows(2))
-    with pytest.raises(ConfigError, match=r"lies in a folder y=x, but the column y is int32; rename the folder"):
-        resumed().find()
+    other = write(tmp_path / "y=x/b.parquet", rows(2))
+    assert "lies in a folder y=x, but the column y is int32; rename the folder" in refused()
+    other.unlink()
+    other = write(tmp_path / "y=1/z=1/b.parquet", rows(2))
+    assert f"column z is missing in the run's first start and int32 in {other}" in refused()
 
 
 # Reading
@@ -457,7 +471,7 @@ def test_chunks_give_the_file_whole_in_parts_and_in_any_order(
     rng = random.Random(seed)
     table = rows(num_rows)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.data.parquet._MAX_BATCH_ROWS", batch_rows)
+        patch.setattr("pipeline.data.parquet_rows._MAX_BATCH_ROWS", batch_rows)
         source = ParquetSource(str(write(Path(folder) / "a.parquet", table, row_group_size=row_group_size)))
         assert read_all(source, chunk_rows).equals(table)
         (file,) = registered(source)
@@ -527,11 +541,43 @@ def test_a_corrupt_page_names_file_and_row_group(tmp_path: Path, at_header: bool
     (file,) = registered(source)
     parts = source.read(file, chunks_of(file, 500))
     assert pa.concat_tables(next(parts).table for _ in range(4)).equals(rows(2000))
-    with pytest.raises(RunFailed, match=rf"data\.path {path}: row group 2 cannot be read \(") as error:
+    with pytest.raises(ConfigError, match=rf"data\.path {path}: row group 2, column id, cannot be read \(") as error:
         next(parts)
     assert "\n" not in str(error.value)
     last = Chunk(file_ordinal=0, first_row=3500, num_rows=500)
     assert next(iter(source.read(file, [last]))).table.equals(rows(500, first=3500))
+
+
+@pytest.mark.parametrize(
+    ("codec", "reason"), [(3, "While LZO compression is supported"), (9, "Unsupported compression codec value: 9")]
+)
+def test_a_codec_that_is_not_known_names_the_column_and_leaves_the_others(
+    tmp_path: Path, codec: int, reason: str
+) -> None:
+    path = write(tmp_path / "a.parquet", pa.table({"id": range(9), "text": ["x"] * 9}), row_group_size=3)
+    head, found, tail = path.read_bytes().rpartition(b"\x18\x04text\x15\x02")  # its path, then its codec: snappy
+    assert found
+    path.write_bytes(head + found[:-1] + bytes([2 * codec]) + tail)
+    source = ParquetSource(str(path))
+    (file,) = registered(source)
+    parts = source.read(file, chunks_of(file, 3))
+    assert [next(parts).table["id"].to_pylist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ConfigError, match=r"a\.parquet: row group 2, column text, cannot be read \(" + reason):
+        next(parts)
+    assert read_all(ParquetSource(str(path), columns=["id"]), 4)["id"].to_pylist() == list(range(9))
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ParquetSource(str(write(tmp_path / "a.parquet", rows(10))))
+    (file,) = registered(source)
+
+    def fail(*_: object) -> Iterator[pa.RecordBatch]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield
+
+    monkeypatch.setattr(RowCursor, "_decoded", fail)
+    with pytest.raises(RunFailed, match=r"a\.parquet: row group 0 cannot be read \(.*Input/output error"):
+        next(iter(source.read(file, chunks_of(file, 5))))
 
 
 def test_a_file_rewritten_since_registration_is_refused(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from pipeline.console import Console
 from pipeline.errors import ConfigError, Interrupted, RunFailed
 from pipeline.launch.crew import _conclude
 from pipeline.launch.place import device_index, place_of
-from pipeline.launch.ray import RayCrew, RayNode, plan_workers, refuse_elsewhere, refuse_unreachable, start_of
+from pipeline.launch.ray import RayCrew
 from pipeline.launch.ray_driver import _refusal
+from pipeline.launch.ray_link import refuse_unreachable
+from pipeline.launch.ray_plan import RayNode, plan_workers, refuse_elsewhere, start_of
 from pipeline.launch.ray_shard import GHOST_S, LIVING_S, Desk, run_worker
 from pipeline.settings import RaySettings
 

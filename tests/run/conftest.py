@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import TICKETS, TINY, give_tokenizer, write
+from crowd import NUM_ROWS, args
+from harness import TICKETS, TINY, give_tokenizer, results, run_here, write
 
 
 def save_small(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -69,3 +70,18 @@ def small_reference(small_model: Path) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32, attn_implementation="eager").eval()
     return model, AutoTokenizer.from_pretrained(small_model)
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory, tickets: list[str]) -> Path:
+    """The rows that several processes work on together."""
+    columns = {"key": list(range(NUM_ROWS)), "prompt": tickets[:NUM_ROWS]}
+    return write(tmp_path_factory.mktemp("many") / "in.parquet", columns)
+
+
+@pytest.fixture(scope="session")
+def alone(small_model: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process makes of them."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run_here(*args(small_model, many, out)).done()
+    return results(out)

@@ -136,15 +136,15 @@ def test_an_empty_folder_and_a_broken_file_are_refused(attempt: Callable[..., En
         assert f"{name}.parquet" in message and "data.path" in message
 
 
-def test_pages_that_cannot_be_read_stop_the_run(attempt: Callable[..., Ended], tmp_path: Path) -> None:
+def test_pages_that_cannot_be_read_are_refused(attempt: Callable[..., Ended], tmp_path: Path) -> None:
     """The footer is whole, the data is not: no row can be told from another, so nothing is made up."""
     broken = write(tmp_path / "broken.parquet", {"prompt": [f"text {i}" for i in range(2000)]}, compression="zstd")
     content = bytearray(broken.read_bytes())
     content[100:400] = b"\xff" * 300
     broken.write_bytes(content)
     ended = attempt(f"data.path={broken}")
-    assert ended.code == 1, ended
-    assert ended.err.splitlines()[-1].startswith("error: ") and str(broken) in ended.err
+    assert ended.code == 2, ended
+    assert f"error: data.path {broken}: row group 0, column prompt, cannot be read (" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
     assert not parts(tmp_path / "out")
 
@@ -264,6 +264,24 @@ def test_too_long_is_measured_in_tokens_to_the_last_one(attempt: Callable[..., E
     assert [row["finish_reason"] == "error" for row in found] == [False, False, True]
     assert found[0]["completion_tokens"] <= 2 and found[1]["completion_tokens"] <= 1
     assert "512" in found[2]["error"]
+
+
+def test_categories_with_a_text_that_is_no_utf8_cost_its_rows_alone(
+    attempt: Callable[..., Ended], tmp_path: Path
+) -> None:
+    """As pandas writes them: a dictionary with indices of 8 bits."""
+    words = invalid_utf8([b"login", b"bad \xff word", b"billing"])
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 1, 0], pa.int8()), words)
+    data = write(tmp_path / "categories.parquet", {"prompt": ["x"] * 6, "kind": column})
+    attempt(f"data.path={data}", prompt("{{ prompt }} {{ kind if kind is not none }}"), "data.chunk_rows=4").done()
+    table = results(tmp_path / "out")
+    assert table["kind"].to_pylist() == ["login", None, None, "billing", None, "login"]
+    errors = table["error"].to_pylist()
+    assert [row for row, error in enumerate(errors) if error is not None] == [1, 4]
+    assert (
+        errors[1]
+        == r"categories.parquet: the value of kind cannot be read (text that is not valid UTF-8); it is: bad \xff word"
+    )
 
 
 class Odd:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from echo import run_echo
-from harness import TINY, call, environment, nothing_left_over, parts, rows, run_cli, run_json, stats, write
+from growing import append, args, at_work, echoed, line, prompts, register, words
+from harness import call, environment, nothing_left_over, parts, rows, run_cli, run_json, stats, write
 
 from pipeline import merge, status, verify
 from pipeline.config import load_config
@@ -25,31 +24,6 @@ from pipeline.output.local import LocalStore
 from pipeline.output.sink import Sink
 from pipeline.shift import Shift
 from pipeline.versions import with_job
-
-
-def args(data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "model=path", f"model.path={TINY}", "data=jsonl", f"data.path={data}", f"output.dir={out}", "quant=none",
-        "data.chunk_rows=4", "task.chat=false", *more,
-    ]  # fmt: skip
-
-
-def line(value: Any) -> bytes:
-    return json.dumps({"prompt": value}).encode() + b"\n"
-
-
-def append(path: Path, *content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("ab") as file:
-        file.write(b"".join(content))
-
-
-def words(first: int, end: int, of: str = "a") -> list[str]:
-    return [f"{of} {n}" for n in range(first, end)]
-
-
-def prompts(out: Path, ordinal: int) -> list[str]:
-    return [row["prompt"] for row in rows(out) if row["row_id"].startswith(f"{ordinal:06d}-")]
 
 
 def test_every_night_only_what_is_new_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +129,31 @@ def test_killed_before_the_row_that_is_continued_was_done_again(
     assert run_json(out)["files"][0]["redo"] == []
 
 
+def test_a_row_between_its_registration_and_its_answer_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verify says what status does, also in an output that is whole but for this row."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    append(inbox / "a.jsonl", *map(line, words(0, 3)), b'{"prompt": ')
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    append(inbox / "a.jsonl", b'"a 3"}\n')
+    register(inbox, out)
+    assert call(status.main, *echoed(inbox, out), "--registered").code == 75
+    found = call(verify.main, str(out))
+    assert found.code == 75, found.out
+    assert found.out == (
+        "pending: row 3 of a.jsonl was half-written when it was answered, and has been continued; the next run puts "
+        f"its answer into {parts(out)[1]}\n{out}: 4 rows in 2 of 2 parts, nothing wrong, 1 pending\n"
+    )
+    append(inbox / "a.jsonl", line("a 4"))
+    register(inbox, out)
+    found = call(verify.main, str(out))
+    assert found.code == 1 and found.out.count("pending: ") == 1
+    assert f"{found.out.count('wrong: ')} wrong, 1 pending" in found.out and "is missing: rows 4 to 4" in found.out
+    run_echo(monkeypatch, *args(inbox, out)).done()
+    assert "pending" not in call(verify.main, str(out)).done().out
+
+
 def test_a_row_that_another_process_has_in_hand_is_continued_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,31 +165,6 @@ def test_a_row_that_another_process_has_in_hand_is_continued_by_the_next_run(
         assert prompts(out, 0) == [*words(0, 3), None]
     run_echo(monkeypatch, *args(inbox, out)).done()
     assert prompts(out, 0) == words(0, 6)
-
-
-def echoed(inbox: Path, out: Path, *more: str) -> list[str]:
-    """The command line that `run_echo` makes of these."""
-    return [*args(inbox, out), "sampling.logprobs=true", *more]
-
-
-def register(inbox: Path, out: Path) -> None:
-    """Do what another process does that has just started."""
-    job = Job(load_config(echoed(inbox, out)))
-    resolved = {k: v for k, v in run_json(out)["fingerprint"].items() if k.startswith("resolved.")}
-    with job.output.claims() as claims:
-        job.start(claims, resolved, {}, {})
-
-
-def at_work(patch: pytest.MonkeyPatch, *events: Callable[[], object]) -> None:
-    """Let things happen while a run is at work, one at each look for its first answers."""
-    poll, waiting = Shift._poll, list(events)
-
-    def polled(self: Shift, outlet: Any) -> int:
-        if waiting:
-            waiting.pop(0)()
-        return poll(self, outlet)
-
-    patch.setattr(Shift, "_poll", polled)
 
 
 def test_what_comes_while_a_run_is_at_work_is_the_next_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

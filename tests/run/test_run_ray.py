@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from crowd import CHUNK_ROWS, NUM_ROWS, args, assert_all_there
 from harness import (
     ended,
     environment,
-    nothing_left_over,
     only_journal_left_over,
     parts,
     results,
@@ -24,30 +24,12 @@ from harness import (
     start,
     stats,
     wait_for,
-    write,
 )
 
 pytest.importorskip("ray")
 from ray_lab import Cluster, Node, cluster, short_folder
 
 pytestmark = pytest.mark.slow
-
-NUM_ROWS = 160
-CHUNK_ROWS = 10
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, tickets: list[str]) -> Path:
-    columns = {"key": list(range(NUM_ROWS)), "prompt": tickets[:NUM_ROWS]}
-    return write(tmp_path_factory.mktemp("many") / "in.parquet", columns)
-
-
-@pytest.fixture(scope="module")
-def alone(small_model: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """What one process makes of it."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run_here(*args(small_model, many, out)).done()
-    return results(out)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +52,6 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
 
-def args(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "model=path", f"model.path={model}", f"data.path={data}", f"output.dir={out}", "quant=none",
-        f"data.chunk_rows={CHUNK_ROWS}", "engine.slots=16", "sampling.max_new_tokens=60",
-        "sampling.temperature=1.0", *more,
-    ]  # fmt: skip
-
-
 def on(ray: Cluster, processes: int = 2) -> list[str]:
     return ["launcher=ray", f"launcher.address={ray.address}", f"launcher.processes={processes}"]
 
@@ -89,11 +63,6 @@ def begun(out: Path, process: subprocess.Popen[str], chunks: int = 2) -> None:
 
 def more_than(out: Path, chunks: int) -> bool:
     return len(parts(out)) > chunks
-
-
-def assert_all_there(out: Path, alone: pa.Table) -> None:
-    assert results(out).equals(alone)
-    assert nothing_left_over(out)
 
 
 def test_a_killed_node_costs_no_row(

@@ -12,55 +12,23 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from crowd import CHUNK_ROWS, NUM_ROWS, args, assert_all_there
 from harness import (
     ended,
     environment,
-    nothing_left_over,
     only_journal_left_over,
     parts,
-    results,
     run_cli,
     run_here,
     start,
     stats,
     wait_for,
-    write,
 )
-
-NUM_ROWS = 160
-CHUNK_ROWS = 10
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, tickets: list[str]) -> Path:
-    columns = {"key": list(range(NUM_ROWS)), "prompt": tickets[:NUM_ROWS]}
-    return write(tmp_path_factory.mktemp("many") / "in.parquet", columns)
-
-
-@pytest.fixture(scope="module")
-def alone(small_model: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """What one process makes of it."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run_here(*args(small_model, many, out)).done()
-    return results(out)
-
-
-def args(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "model=path", f"model.path={model}", f"data.path={data}", f"output.dir={out}", "quant=none",
-        f"data.chunk_rows={CHUNK_ROWS}", "engine.slots=16", "sampling.max_new_tokens=60",
-        "sampling.temperature=1.0", *more,
-    ]  # fmt: skip
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     found = psutil.Process(process.pid).children(recursive=True)
     return [child for child in found if "pipeline.launch.worker" in child.cmdline()]
-
-
-def assert_all_there(out: Path, alone: pa.Table) -> None:
-    assert results(out).equals(alone)
-    assert nothing_left_over(out)
 
 
 def test_two_processes_make_one_run(small_model: Path, many: Path, alone: pa.Table, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,19 +65,34 @@ def test_what_is_no_output_is_refused(tmp_path: Path, copy: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def flip(part: Path, at: int = 40) -> None:
+def flip(part: Path, at: int = 40, bit: int = 1) -> None:
     content = bytearray(part.read_bytes())
-    content[at] ^= 1  # by default in the first page
+    content[at] ^= bit  # by default in the first page
     part.write_bytes(content)
 
 
+def replace_in(part: Path, old: bytes, new: bytes) -> None:
+    """Other bytes of the same length in the footer."""
+    before, found, after = part.read_bytes().rpartition(old)
+    assert found and len(old) == len(new)
+    part.write_bytes(before + new + after)
+
+
 def rewrite(part: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """The Part with other rows, and its footer's own words."""
+    """The Part with other rows, and its footer's own words but the footer's hash, as older versions wrote it."""
     with pq.ParquetFile(part) as file:
         table, said = change(file.read()), file.metadata.metadata
-    with pq.ParquetWriter(part, table.schema) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({k: v for k, v in said.items() if k.startswith(b"pipeline.") and b"run" not in k})
+    rewritten(part, table, {key: said[key] for key in (b"pipeline.counts", b"pipeline.attempt", b"pipeline.pages")})
+
+
+def rewritten(where: Any, table: pa.Table, said: dict[bytes, bytes]) -> None:
+    named = {key: value for key, value in table.schema.metadata.items() if key in RUN_KEYS}
+    with pq.ParquetWriter(where, table.schema.with_metadata(named)) as writer:
+        writer.write_table(table.replace_schema_metadata(named))
+        writer.add_key_value_metadata(said)
+
+
+RUN_KEYS = (b"pipeline.run_id", b"pipeline.fingerprint")
 
 
 def column(name: str, values: Callable[[list[Any]], list[Any]]) -> Callable[[pa.Table], pa.Table]:
@@ -103,6 +119,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "reason": (lambda p: rewrite(p, column("finish_reason", lambda v: ["x", *v[1:]])), "finish_reason x"),
     "an answer": (lambda p: rewrite(p, column("completion", lambda v: ["?", *v[1:]])), "has other bytes than were"),
     "a bit between pages": (lambda p: flip(p, 20), "has other bytes than were committed"),
+    "a statistic": (lambda p: replace_in(p, b"a row 9", b"a row 7"), "has another footer than was committed"),
+    "the footer's hash": (
+        lambda p: replace_in(p, b"pipeline.footer", b"pipeline.fooler"),
+        "has pipeline.fooler in its",
+    ),
+    "a flag": (lambda p: flip(p, -9), "has another footer than was committed"),
     "error": (lambda p: rewrite(p, column("finish_reason", lambda v: ["error", *v[1:]])), "error without an error"),
     "other input": (lambda p: rewrite(p, column("prompt", lambda v: ["?", *v[1:]])), "holds other rows than"),
     "another chunk's": (lambda p: shutil.copy(parts(p.parents[1])[0], p), "should be 000000-000000000005"),
@@ -118,6 +140,27 @@ def test_damage_is_found(kind: str, copy: Path) -> None:
     assert found.code == 1, found.out
     assert said in found.out and "wrong: " in found.out
     assert "Traceback" not in found.err
+
+
+def test_parts_of_an_older_version_are_found_whole(copy: Path) -> None:
+    """Without a hash of their footer; what else they say is looked at."""
+    for part in parts(copy):
+        rewrite(part, lambda table: table)
+        with pq.ParquetFile(part) as file:
+            said = file.metadata.metadata
+        content = part.read_bytes()
+        before = content[: -8 - int.from_bytes(content[-8:-4], "little")]
+        pages = hashlib.blake2b(before, digest_size=32).hexdigest()
+        part.write_bytes(content.replace(said[b"pipeline.pages"], pages.encode()))
+    verified(copy, "--replay=5").done()
+
+
+def test_what_cannot_be_read_is_not_answered_again(copy: Path) -> None:
+    for number, kind in enumerate(("a row less", "a statistic", "cut")):
+        DAMAGES[kind][0](parts(copy)[number])
+    found = verified(copy, "--replay=100")
+    assert found.code == 1 and "Traceback" not in found.err
+    assert "note: 10 rows were answered again" in found.out
 
 
 @pytest.mark.parametrize("change", [('"chunk_rows": 5', '"chunk_rows": 6'), ('"rows": 13', '"rows": 12'), ("}", "")])
@@ -158,6 +201,15 @@ def test_inputs_that_are_gone_are_said_and_changed_ones_are_wrong(
     assert found.code == 1 and "a.parquet is not the file that was registered" in found.out
     found = verified(folder / "out", f"data.path={folder / 'nowhere'}").done()
     assert "note: the input was not compared: data.path" in found.out
+
+
+def test_an_input_whose_rows_cannot_be_read_any_more_is_wrong(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Its footer, by which it is known, is whole."""
+    folder = shutil.copytree(finished[0], tmp_path / "moved")
+    flip(folder / "in" / "a.parquet", 4, 0xFF)  # the header of the first page
+    found = verified(folder / "out", f"data.path={folder / 'in'}")
+    assert found.code == 1 and f"data.path {folder / 'in' / 'a.parquet'}: row group 0, column prompt," in found.out
+    assert "wrong: not all rows could be compared: " in found.out and found.out.endswith("5 of 5 parts, 1 wrong\n")
 
 
 def test_rows_are_answered_again_and_differences_told(
