@@ -19,6 +19,7 @@ HEAVY = (
     "bitsandbytes",
     "bitblas",
     "triton",
+    "numba",
     "datasets",
     "accelerate",
     "huggingface_hub",
@@ -43,18 +44,20 @@ NEEDS_TORCH = (
     "pipeline.models.head",
     "pipeline.models.loader",
     "pipeline.models.lora",
+    "pipeline.models.packed_linear",
     "pipeline.models.rope",
     "pipeline.models.runtime",
     "pipeline.quant.bitblas",
     "pipeline.models.shards",
+    "pipeline.models.smaller_shapes",
     "pipeline.quant.bnb*",
     "pipeline.quant.format",
     "pipeline.quant.gptq",
     "pipeline.quant.linear",
 )
 """The modules that compute with tensors; all others answer before torch is imported."""
-NEEDS_TRITON = "pipeline.kernels.triton_code.*"
-"""Imported only when a kernel of theirs runs: Triton has no packages for some platforms."""
+NEEDS_COMPILER = ("pipeline.kernels.triton_code.*", "pipeline.kernels.numba_code.*")
+"""Imported only when a kernel of theirs runs: Triton has no packages for some platforms, Numba takes a second."""
 MODULES = sorted(info.name for info in pkgutil.walk_packages([str(Path(pipeline.__file__).parent)], "pipeline."))
 CHEAP = [name for name in MODULES if not any(fnmatchcase(name, pattern) for pattern in NEEDS_TORCH)]
 
@@ -114,7 +117,9 @@ def test_the_first_modules_do_not_even_need_arrow(module: str) -> None:
 
 
 def test_no_module_touches_network_or_device_when_imported() -> None:
-    done = run(IMPORT_ALL, [name for name in MODULES if not fnmatchcase(name, NEEDS_TRITON)])
+    done = run(
+        IMPORT_ALL, [name for name in MODULES if not any(fnmatchcase(name, pattern) for pattern in NEEDS_COMPILER)]
+    )
     assert done.returncode == 0, done.stderr
     touched, came, initialized, threads = json.loads(done.stdout)
     assert touched == []

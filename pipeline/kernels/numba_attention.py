@@ -31,12 +31,9 @@ def attend_cached(
     q_BHD: Tensor, layer: CachedLayer, lengths_B: Tensor, rule: AttentionRule, splits: int
 ) -> tuple[Tensor, Tensor]:
     """See `AttendCached`: in float32 whatever the dtype, with every slot read in one piece up to its row's end."""
-    from numba import set_num_threads
-    from numba.core.config import NUMBA_NUM_THREADS
-
     from pipeline.kernels.numba_code.decode import attend
 
-    set_num_threads(min(torch.get_num_threads(), NUMBA_NUM_THREADS))
+    _take_threads()
     queries, heads, dim = q_BHD.shape
     slots, kv_heads = layer.keys.shape[:2]
     q_BKGD = q_BHD.float().reshape(queries, kv_heads, heads // kv_heads, dim).contiguous()
@@ -67,6 +64,20 @@ def compile_for(need: AttentionNeed) -> None:
     scales = torch.ones(1, 1, 1, dtype=torch.float32) if need.float8 else None
     q_BHD, lengths_B = torch.zeros(1, 1, need.head_dim, dtype=need.dtype), torch.ones(1, dtype=torch.int64)
     attend_cached(q_BHD, CachedLayer(stored, stored, scales, scales), lengths_B, AttentionRule(1.0), 1)
+
+
+def _take_threads() -> None:
+    """Let the next kernel run on as many threads as torch's operators do.
+
+    Numba's first start of its threads sets OpenMP's number, which is torch's too, to the number of processors.
+    """
+    from numba import set_num_threads
+    from numba.core.config import NUMBA_NUM_THREADS
+
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _bits(stored: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,6 +152,21 @@ def test_queries_for_some_of_the_slots(
         some_out, some_lse = attend(kernel, q[chosen], replace(layer, slots_B=chosen), lengths[chosen], rule, 1)
         assert torch.equal(some_out, out[chosen])
         assert torch.equal(some_lse, lse[chosen])
+
+
+def test_numba_leaves_torch_its_threads() -> None:
+    """Its first launch in a process sets OpenMP's number, for torch too, to that of the processors."""
+    script = """
+import torch
+from pipeline.kernels.cache_attention import AttentionNeed
+from pipeline.kernels.numba_attention import compile_for
+torch.set_num_threads({threads})
+for dtype in (torch.float32, torch.bfloat16):
+    compile_for(AttentionNeed(device_type="cpu", capability=None, dtype=dtype, head_dim=16))
+    assert torch.get_num_threads() == {threads}, torch.get_num_threads()
+"""
+    for threads in (1, 3):
+        subprocess.run([sys.executable, "-c", script.format(threads=threads)], check=True)
 
 
 def test_a_plain_cache_has_the_bits_of_the_products_over_it() -> None:
