@@ -48,6 +48,7 @@ NEEDS_TORCH = (
     "pipeline.models.rope",
     "pipeline.models.runtime",
     "pipeline.quant.bitblas",
+    "pipeline.models.seamless",
     "pipeline.models.shards",
     "pipeline.models.smaller_shapes",
     "pipeline.quant.bnb*",

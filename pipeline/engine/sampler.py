@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.core import SamplingParams
+from pipeline.core import MOST_LOGPROBS, SamplingParams
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+SORTED_AT_ONCE = 1 << 24
+"""Logits that are sorted together: a sort, its order and its float64 sums take 36 bytes for each of them."""
 
 
 def prompt_key(prompt_ids: Sequence[int]) -> int:
@@ -135,8 +137,10 @@ def sample(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor | None, seen
     chosen_B = logits_BV.gather(1, tokens_B[:, None])[:, 0]
     top_tokens_BK = top_logprobs_BK = None
     if rows.top_logprobs:
-        top_BK, top_tokens_BK = torch.topk(logits_BV, min(rows.top_logprobs, logits_BV.shape[1]), dim=-1)
-        top_logprobs_BK = top_BK - lse_B[:, None]
+        # always as many: which of equals comes first must not depend on what the neighbours ask for
+        top_BK, top_tokens_BK = torch.topk(logits_BV, min(MOST_LOGPROBS, logits_BV.shape[1]), dim=-1)
+        top_tokens_BK = top_tokens_BK[:, : rows.top_logprobs]
+        top_logprobs_BK = top_BK[:, : rows.top_logprobs] - lse_B[:, None]
     return Sampled(tokens_B, chosen_B - lse_B, torch.isfinite(lse_B), top_tokens_BK, top_logprobs_BK)
 
 
@@ -153,22 +157,29 @@ def _draw(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor) -> Tensor:
     plain_B = _inverse_cdf(torch.softmax(scaled_BV, dim=-1), uniforms_B)
     if not rows.any_filtered:
         return plain_B
+    top_k_B, top_p_B, min_p_B = rows.top_k_B, rows.top_p_B, rows.min_p_B
+    at_once = max(1, SORTED_AT_ONCE // scaled_BV.shape[1])
+    parts = zip(*(torch.split(x, at_once) for x in (scaled_BV, uniforms_B, top_k_B, top_p_B, min_p_B)), strict=True)
+    filtered_B = torch.cat([_draw_filtered(*part) for part in parts])
+    return torch.where((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0), filtered_B, plain_B)
+
+
+def _draw_filtered(scaled_BV: Tensor, uniforms_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """A draw from what the filters leave of each row's tokens."""
     sorted_BV, order_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
-    probs_BV = torch.softmax(_filter_sorted(sorted_BV, rows), dim=-1)
-    filtered_B = order_BV.gather(1, _inverse_cdf(probs_BV, uniforms_B)[:, None])[:, 0]
-    is_filtered_B = (rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0)
-    return torch.where(is_filtered_B, filtered_B, plain_B)
+    left_BV = _filter_sorted(sorted_BV, top_k_B[:, None], top_p_B[:, None], min_p_B[:, None])
+    drawn_B = _inverse_cdf(torch.softmax(left_BV, dim=-1), uniforms_B)
+    return order_BV.gather(1, drawn_B[:, None])[:, 0]
 
 
-def _filter_sorted(sorted_BV: Tensor, rows: SamplerRows) -> Tensor:
+def _filter_sorted(sorted_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor, min_p_B1: Tensor) -> Tensor:
     """Apply top-k, top-p to what it left, and min-p to logits in descending order; the first always stays."""
     rank_V = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)
-    top_k_B1, top_p_B1 = rows.top_k_B[:, None], rows.top_p_B[:, None]
     top_k_BV = sorted_BV.masked_fill((top_k_B1 > 0) & (rank_V >= top_k_B1), float("-inf"))
     probs_BV = torch.softmax(top_k_BV, dim=-1)
     before_BV = torch.cumsum(probs_BV.double(), dim=-1) - probs_BV
     outside_BV = (top_p_B1 < 1) & (before_BV >= top_p_B1)
-    unlikely_BV = probs_BV < rows.min_p_B[:, None] * probs_BV[:, :1]
+    unlikely_BV = probs_BV < min_p_B1 * probs_BV[:, :1]
     return top_k_BV.masked_fill((outside_BV | unlikely_BV) & (rank_V > 0), float("-inf"))
 
 

@@ -19,6 +19,7 @@ from pipeline.models.decoder import TransformersDecoder
 from pipeline.models.head import Float32Head, Float32QuantHead
 from pipeline.models.memory import give_back_freed_memory
 from pipeline.models.rope import install_row_rope, settle_dynamic_rope
+from pipeline.models.seamless import make_seamless
 from pipeline.quant.bitblas import NotRepackable
 from pipeline.quant.format import StorageFormat
 from pipeline.quant.linear import QuantLinear
@@ -68,6 +69,8 @@ def load_model(
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
     settle_dynamic_rope(model)
+    if device.type == "cpu":
+        make_seamless(model)
     _finish(model, checkpoint, device)
     if adapter is not None:
         lora.replace_tensors(adapter, model, lambda info: _read(info).to(device=device, dtype=dtype))

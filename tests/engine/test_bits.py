@@ -22,7 +22,11 @@ MODELS = [
     for dtype in (torch.float32, torch.bfloat16)
     for quant in ("none", "nf4")
 ]
-THREADS = [pytest.param(1, id="1thread"), pytest.param(2, id="2threads", marks=pytest.mark.slow)]
+THREADS = [
+    pytest.param(1, id="1thread"),
+    pytest.param(2, id="2threads", marks=pytest.mark.slow),
+    pytest.param(3, id="3threads", marks=pytest.mark.slow),
+]
 
 
 def varied_rows(count: int, seed: int = 0) -> list[Request]:

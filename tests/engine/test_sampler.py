@@ -180,6 +180,29 @@ def test_greedy_and_logprobs_are_those_of_the_unmodified_logits() -> None:
     assert bool(out.finite_B.all())
 
 
+@pytest.mark.parametrize("vocab", [60, 509, 4001])
+def test_which_of_equal_tokens_are_the_likeliest_does_not_depend_on_what_others_ask_for(vocab: int) -> None:
+    torch.manual_seed(4)
+    logits = torch.randint(0, 12, (4, vocab)).float()
+    beside = [
+        sample(logits, rows_of([SamplingParams(logprobs=2), *[SamplingParams(logprobs=k)] * 3]), None)
+        for k in (1, 5, 20)
+    ]
+    tokens = [out.top_tokens_BK[0, :2].tolist() for out in beside if out.top_tokens_BK is not None]
+    assert len(tokens) == 3
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_draws_do_not_depend_on_how_many_rows_are_sorted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    logits, uniforms = torch.randn(len(SETTINGS) * 3, 50), torch.rand(len(SETTINGS) * 3, dtype=torch.float64)
+    rows = rows_of([SamplingParams(**settings) for settings in SETTINGS] * 3)
+    together = sample(logits, rows, uniforms, seen_by(len(logits), 50)).tokens_B
+    for at_once in (1, 120, 500):
+        monkeypatch.setattr("pipeline.engine.sampler.SORTED_AT_ONCE", at_once)
+        assert torch.equal(sample(logits, rows, uniforms, seen_by(len(logits), 50)).tokens_B, together)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings", [{}, *SETTINGS[-3:]])
 def test_a_row_that_is_not_finite_is_told_and_leaves_its_neighbours_alone(

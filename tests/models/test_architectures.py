@@ -7,6 +7,7 @@ prompts, and every multiplier and cap is set to a value that can be seen in the 
 from __future__ import annotations
 
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +19,13 @@ import pytest
 import torch
 from oracle import drive, greedy, oracle_generate_all, oracle_logits, oracle_logprob, pass_logits, random_prompt
 from tape import TapeRecorder
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.core import Completion, Request
 from pipeline.errors import ConfigError
 from pipeline.kernels.cache_attention import attend_cached_reference
+from pipeline.kernels.elementwise import seamless
 from pipeline.models.architecture import ROPE_TYPES, SUPPORTED, load_config
 
 CLOSE = 1e-4
@@ -227,6 +230,25 @@ def assert_diverse(tokens: Sequence[int]) -> None:
     assert counts.most_common(1)[0][1] < 0.25 * len(tokens)
 
 
+class SeamWatch(TorchDispatchMode):
+    """Notes the operators of one argument that a forward calls, and those of them that round otherwise at seams."""
+
+    ROUNDS = ("sigmoid", "silu", "gelu", "mish", "softplus", "elu", "rsqrt", "log_sigmoid_forward")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.beside: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        in_seamless = any(frame.f_code is seamless.__code__ for frame, _ in traceback.walk_stack(None))
+        self.seen += [name] if in_seamless else []
+        rounds = name in self.ROUNDS and not (name == "rsqrt" and args[0].dtype == torch.float32)
+        self.beside += [name] if rounds and not in_seamless else []
+        return func(*args, **(kwargs or {}))
+
+
 def test_every_supported_architecture_is_here() -> None:
     assert {name.split("-")[0] for name in MODELS} == set(SUPPORTED)
 
@@ -234,6 +256,18 @@ def test_every_supported_architecture_is_here() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_transformers(name: str, random_folder: Callable[..., Path], check: Callable[..., None]) -> None:
     check(random_folder(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_function_has_bits_that_depend_on_a_tokens_place(
+    name: str, random_folder: Callable[..., Path], load_decoder: Callable[..., Any]
+) -> None:
+    """Every call of torch's that rounds otherwise at the ends of its pieces is made by `seamless`."""
+    decoder = load_decoder(random_folder(name), torch.float32)
+    with SeamWatch() as watch:
+        pass_logits(decoder, random_prompt(random.Random(0), 20, VOCAB))
+    assert watch.seen, "no activation function was seen at all"
+    assert not watch.beside, "called outside of seamless"
 
 
 @pytest.mark.parametrize("window", [1, 2, LENGTHS[-1] + NEW_TOKENS])
