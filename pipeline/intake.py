@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -172,11 +173,11 @@ class Intake:
 
     def _prepared(self) -> Iterator[PreparedChunk]:
         for ordinal, chunks in _by_file(self._chunks):
-            claimed: list[ClaimedChunk] = []
+            claimed: deque[ClaimedChunk] = deque()
             for rows in self._source.read(self._files[ordinal], self._claims(chunks, claimed)):
-                yield self._preparation.prepare(claimed[-1], rows)
+                yield self._preparation.prepare(claimed.popleft(), rows)
 
-    def _claims(self, chunks: Sequence[Chunk], claimed: list[ClaimedChunk]) -> Iterator[Chunk]:
+    def _claims(self, chunks: Sequence[Chunk], claimed: deque[ClaimedChunk]) -> Iterator[Chunk]:
         """Chunks as they can be claimed, each only when the reader is ready for it."""
         for chunk in chunks:
             if self._closing.is_set():

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.output.store import Store
 
 INTERVAL_S = 1.0
+MOST_INTERVALS = 7200
+"""Of a process that works longer, two intervals each become one, and those that come are twice as long."""
 _NAME_TIME = "%Y%m%dT%H%M%S%f"
 
 
@@ -135,14 +137,15 @@ class IntervalRecorder:
     def __init__(self, run_id: str, attempt: str) -> None:
         self.intervals: list[Interval] = []
         self._run_id, self._attempt = run_id, attempt
+        self._interval_s = INTERVAL_S
         self._since = time.perf_counter()
         self._before: dict[str, Any] = {}
         self._rows = 0
 
     def tick(self, counters: EngineCounters, rows: int, running: int, waiting: int, *, last: bool = False) -> None:
-        """Note the counters; a row is added when a second has passed, or at the end."""
+        """Note the counters; a row is added when an interval has passed, or at the end."""
         now = time.perf_counter()
-        if now - self._since < INTERVAL_S and not last:
+        if now - self._since < self._interval_s and not last:
             return
         current = asdict(counters)
         done = {key: value - self._before.get(key, 0) for key, value in current.items()}
@@ -159,6 +162,17 @@ class IntervalRecorder:
             )
         )
         self._since, self._before, self._rows = now, current, rows
+        if len(self.intervals) >= MOST_INTERVALS:
+            pairs = zip(self.intervals[::2], self.intervals[1::2], strict=True)
+            self.intervals = [_joined(first, second) for first, second in pairs]
+            self._interval_s *= 2
+
+
+def _joined(first: Interval, second: Interval) -> Interval:
+    """Two intervals as one, which ends as the second does."""
+    state = ("run_id", "attempt", "ended_at", "running", "waiting")
+    sums = {f.name: getattr(first, f.name) + getattr(second, f.name) for f in fields(first) if f.name not in state}
+    return replace(second, **sums)
 
 
 def write_stats(store: Store, stats: RunStats, intervals: list[Interval]) -> None:

@@ -101,6 +101,8 @@ def test_merged_files_hold_the_same_rows_in_order(
     assert pa.concat_tables([pq.read_table(file) for file in files]).equals(results(out))
     both = f"from '{target}/*.parquet' except all from '{out}/results/*.parquet'"
     assert duckdb.sql(both).fetchall() == []
+    told = {key.decode() for file in files for key in pq.read_metadata(file).metadata if key.startswith(b"pipeline.")}
+    assert told == {"pipeline.run_id", "pipeline.fingerprint"}, "of the run, nothing of one of its Parts"
     assert list(tmp_path.iterdir()) == [target], "nothing half-made is left"
 
 
