@@ -113,6 +113,7 @@ def answer_rows(
 
     `loading` is over once the model is loaded.
     """
+    from pipeline.models.failures import failing_device
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def answer_rows(
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = make_task(job, tokenizer)
     job.check_resolved(runtime.resolved())
-    noted = {"batch_invariant": runtime.spec.batch_invariant, **runtime.threads()}
+    noted = {"batch_invariant": runtime.spec.batch_invariant, **runtime.computes_on()}
     job.start(claims, runtime.resolved(), runtime.shapes.as_dict(), noted)
     assert job.manifest is not None
     if prompts.is_dated:  # with the date of the run, which another process may have begun
@@ -142,7 +143,12 @@ def answer_rows(
     if not pending or not more():
         return
     write_plan(job, runtime)
-    for line in (runtime.describe(), runtime.shapes.describe(), *job.notes(), *thread_notes(job, noted)):
+    for line in (
+        runtime.describe(),
+        runtime.shapes.describe(),
+        *job.notes(),
+        *other_hardware(job.manifest.informational, noted),
+    ):
         console.note(line)
     if not runtime.spec.batch_invariant:
         console.note(
@@ -162,9 +168,13 @@ def answer_rows(
         versions=fingerprint.versions(),
     )
     recorder = IntervalRecorder(stats.run_id, stats.attempt)
-    engine = load_engine(job, runtime, tokenizer, prompts, console, lambda: stopping() or walltime.over, stats)
+    with failing_device(runtime):
+        engine = load_engine(job, runtime, tokenizer, prompts, console, lambda: stopping() or walltime.over, stats)
     loading.over()
-    with _leaving(lambda: _leave_stats(job, stats, recorder, engine, runtime, started, console)):
+    with (
+        _leaving(lambda: _leave_stats(job, stats, recorder, engine, runtime, started, console)),
+        failing_device(runtime),
+    ):
         done_before = job.num_rows - sum(chunk.num_rows for chunk in pending)
         with console.rows(job.num_rows, done_before) as progress:
             journal = job.journal(claims.attempt)
@@ -216,18 +226,22 @@ def _leave_stats(
     job.has_worked = True
 
 
-def thread_notes(job: Job, noted: Mapping[str, Any]) -> list[str]:
-    """A warning where the run was begun with another number of compute threads, which can change a result's last bits.
+def other_hardware(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A warning where the run was begun with other compute threads, or on another GPU, than it goes on with.
 
-    It is no reason to refuse: machines that share a run may have different numbers of cores.
+    That can change a result's last bits. It is no reason to refuse: machines that share a run may differ.
     """
-    assert job.manifest is not None
-    then, now = job.manifest.informational.get("threads"), noted.get("threads")
-    if then is None or now is None or then == now:
-        return []
+    remedies = {
+        "threads": "so set OMP_NUM_THREADS={} where every last bit counts",
+        "cpu": "so keep a run to one kind of processor where every last bit counts",
+        "gpu": "so keep a run to one kind of GPU where every last bit counts",
+    }
+    what = {"threads": "{} compute threads", "cpu": "{} instructions", "gpu": "{}"}
     return [
-        f"this run was begun with {then} compute threads and goes on with {now}; matrix products can round otherwise, "
-        f"so set OMP_NUM_THREADS={then} where every last bit counts"
+        f"this run was begun with {what[key].format(then[key])} and goes on with {now[key]}; matrix products can round "
+        f"otherwise, {remedy.format(then[key])}"
+        for key, remedy in remedies.items()
+        if None not in (then.get(key), now.get(key)) and then[key] != now[key]
     ]
 
 

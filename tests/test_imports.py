@@ -41,6 +41,7 @@ NEEDS_TORCH = (
     "pipeline.models.architecture",
     "pipeline.models.decoder",
     "pipeline.models.export",
+    "pipeline.models.failures",
     "pipeline.models.head",
     "pipeline.models.loader",
     "pipeline.models.lora",

@@ -188,9 +188,11 @@ class Engine:
         work = take_pass(self._waiting[length_class], self.plan, most, self._prefixes.splits)
         earlier = self._prefixes.segments_of([request for request, _ in work], self.plan.prefill_tokens[0])
         slots = batch.reserve(len(work))
-        rows = zip(work, earlier, slots, strict=True)
-        packed = self._pack([self._entry(r, e, s) for (r, _), e, s in rows], batch.cache)
-        batch.begin(slots, earlier)
+        rows = list(zip((request for request, _ in work), earlier, slots, strict=True))
+        goes_on = [request.sampling.max_new_tokens > 1 for request, _, _ in rows]  # of others nothing is read again
+        entries = [self._entry(r, e, s if kept else None) for (r, e, s), kept in zip(rows, goes_on, strict=True)]
+        packed = self._pack(entries, batch.cache)
+        batch.begin([(s, e) for (_, e, s), kept in zip(rows, goes_on, strict=True) if kept])
         seats = [Seat.of(request, choice, self.plan, self._decode_text) for request, choice in work]
         ((_, indices_L),) = packed.wanted_slices(self.plan)
         logits_LV = self._model.head(packed.run(self._model)[indices_L])

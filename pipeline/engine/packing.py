@@ -136,7 +136,10 @@ class PackedPass:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one row puts into a pass; `slot` is where its keys and values go, `reach` the row's longest length."""
+    """What one row puts into a pass; `reach` is the row's longest length.
+
+    `slot` is where its keys and values go, None for a row that ends with the pass.
+    """
 
     layout: Layout
     reach: int
@@ -192,13 +195,13 @@ def pack(
         tokens.extend(layout.tokens)
         positions.extend(layout.positions)
         reaches.extend([entry.reach] * len(layout.tokens))
-        if entry.slot is not None:
-            owners.extend([entry.slot] * len(layout.tokens))
+        if cache is not None:
+            owners.extend([cache.scratch_slot if entry.slot is None else entry.slot] * len(layout.tokens))
     real = len(tokens)
     padding = plan.prefill_rows(real) - real
     positions_T = torch.tensor(positions + [0] * padding, device=device)
     write = None
-    if cache is not None:
+    if cache is not None and any(entry.slot is not None for entry in entries):
         owners_T = torch.tensor(owners + [cache.scratch_slot] * padding, device=device)
         write = CacheWrite(cache, owners_T, positions_T)
     reach_T = torch.tensor(reaches + [0] * padding, device=device)

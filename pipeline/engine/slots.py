@@ -115,10 +115,10 @@ class SlotBatch:
         self._not_finite.difference_update(slots)
         return slots
 
-    def begin(self, slots: Sequence[int], earlier: Sequence[tuple[Segment, ...]]) -> None:
+    def begin(self, rows: Sequence[tuple[int, tuple[Segment, ...]]]) -> None:
         """Put the segments that rows begin with into their slots."""
         owners: dict[int, tuple[Segment, list[int]]] = {}
-        for slot, segments in zip(slots, earlier, strict=True):
+        for slot, segments in rows:
             for segment in segments:
                 owners.setdefault(id(segment), (segment, []))[1].append(slot)
         for segment, slots_of in owners.values():

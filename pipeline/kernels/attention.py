@@ -149,16 +149,25 @@ def attend_earlier(
     window hides. Returns [H, T, D] and [H, T]; a query whose window has left all keys behind gets zeros and a
     log-sum-exp of -inf.
     """
-    tokens = q_HTD.shape[1]
+    heads, tokens, dim = q_HTD.shape
     padding = -tokens % QUERY_BLOCK
-    blocks_HTD = torch.split(F.pad(q_HTD, (0, 0, 0, padding)), QUERY_BLOCK, dim=1)
+    q_HND = F.pad(q_HTD, (0, 0, 0, padding))
+    flash = _flash_kernel(q_HTD, rule) if rule.window is None else None
+    if flash is not None:  # a block is a sequence of its own
+        q_NHQD = q_HND.reshape(heads, -1, QUERY_BLOCK, dim).transpose(0, 1)
+        k_NKSD, v_NKSD = (x.expand(q_NHQD.shape[0], *x.shape) for x in (k_KSD, v_KSD))
+        out_NHQD, lse_NHQ = flash(q_NHQD, k_NKSD, v_NKSD, 0.0, False, scale=rule.scale)[:2]
+        out_HND = out_NHQD.transpose(0, 1).reshape(heads, -1, dim)
+        lse_HN = lse_NHQ[:, :, :QUERY_BLOCK].transpose(0, 1).reshape(heads, -1)
+        return out_HND[:, :tokens], lse_HN[:, :tokens]
+    blocks_HQD = torch.split(q_HND, QUERY_BLOCK, dim=1)
     key_S = torch.arange(k_KSD.shape[1], device=q_HTD.device)
     parts = []
-    for block_HTD, position_T in zip(
-        blocks_HTD, torch.split(F.pad(positions_T, (0, padding)), QUERY_BLOCK), strict=True
+    for block_HQD, position_Q in zip(
+        blocks_HQD, torch.split(F.pad(positions_T, (0, padding)), QUERY_BLOCK), strict=True
     ):
-        mask_TS = None if rule.window is None else key_S > position_T[:, None] - rule.window
-        parts.append(attend_reference(block_HTD, k_KSD, v_KSD, rule, mask_TS))
+        mask_QS = None if rule.window is None else key_S > position_Q[:, None] - rule.window
+        parts.append(attend_reference(block_HQD, k_KSD, v_KSD, rule, mask_QS))
     outs, lses = torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
     return outs[:, :tokens], lses[:, :tokens]
 

@@ -81,6 +81,10 @@ class TransformersDecoder:
             taken += linear.dense_bytes
         return taken
 
+    def drop_dequantized(self) -> int:
+        """Give up all cached dequantized weights, which changes no bit; returns the bytes that this frees."""
+        return sum(linear.drop_cached() for _, linear in self.quant_linears())
+
     def pack(self) -> None:
         """Lay out unquantized weights as the CPU's library wants them; elsewhere nothing changes."""
         pack_linears(self.model)

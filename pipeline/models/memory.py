@@ -109,10 +109,11 @@ def memory_budget(settings: ModelSettings, device: torch.device, place: Place) -
     if settings.memory_gib is not None:
         return int(settings.memory_gib * GIB)
     processes = place.local_count if device.type == "cpu" else 1  # GPUs have one process each
-    return int(_free_bytes(device) * AUTO_SHARE / processes)
+    return int(free_bytes(device) * AUTO_SHARE / processes)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory, or of what this machine or its control group leaves, that nobody uses now."""
     import psutil
     import torch
 

@@ -26,12 +26,13 @@ from pipeline.quant.spec import QuantSpec
 from pipeline.settings import RunConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from transformers import PretrainedConfig
 
     from pipeline.engine.dedup import RequestEngine
+    from pipeline.engine.kv_cache import KVCache
     from pipeline.engine.prefix import Splits
     from pipeline.engine.seat import Decode
     from pipeline.kernels.cache_attention import AttentionKernel, AttentionNeed
@@ -79,11 +80,13 @@ class Runtime:
             "resolved.quantization": self.spec.describe(),
         } | adapter
 
-    def threads(self) -> dict[str, int]:
-        """How many threads compute, for the record, where that can change the last bits of a result: on a CPU."""
+    def computes_on(self) -> dict[str, Any]:
+        """What can change the last bits of a result and is no reason to refuse, for the record."""
         import torch
 
-        return {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
+        if self.device.type == "cpu":
+            return {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+        return {"gpu": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda}
 
     def describe(self) -> str:
         """One line for the log."""
@@ -139,13 +142,17 @@ class Runtime:
         engine = Engine(
             model,
             plan,
-            lambda c: KVCache(
-                place.geometry,
-                c,
-                place.dtype,
+            lambda c: giving_way(
+                model,
                 self.device,
-                float8=settings.kv_dtype != "auto",
-                attend=self.attention.attend,
+                lambda: KVCache(
+                    place.geometry,
+                    c,
+                    place.dtype,
+                    self.device,
+                    float8=settings.kv_dtype != "auto",
+                    attend=self.attention.attend,
+                ),
             ),
             self.device,
             decode,
@@ -165,6 +172,22 @@ class Runtime:
         if not self.spec.batch_invariant:
             return self.shapes
         return replace(self.shapes, proven=prove(model.model, self.shapes, self.place.dtype))
+
+
+def giving_way(model: TransformersDecoder, device: torch.device, make: Callable[[], KVCache]) -> KVCache:
+    """What `make` allocates; where a GPU lacks memory, since others have taken some, dequantized weights are given up.
+
+    On a CPU they stay: their layout is part of what the smaller shapes were proven with.
+    """
+    import torch
+
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        if device.type != "cuda" or not model.drop_dequantized():
+            raise
+        torch.cuda.empty_cache()
+        return make()
 
 
 def _nothing(reads: AttentionNeed) -> None:

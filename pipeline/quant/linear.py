@@ -69,6 +69,11 @@ class QuantLinear(nn.Module):
         laid_out = prepack(dense, self.bias) if prepack is not None and self.multiplies_only else None
         self._cached = dense if laid_out is None else laid_out
 
+    def drop_cached(self) -> int:
+        """Dequantize anew for each pass from now on; returns the bytes that this frees."""
+        freed, self._cached = self.cached_bytes, None
+        return freed
+
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in the model's dtype, cached or dequantized now."""
         if isinstance(self._cached, PrepackedWeight):

@@ -36,10 +36,11 @@ class EchoEngine:
         self._queue.append(request)
 
     def poll(self) -> list[Output]:
-        return [_answer(self._queue.popleft()) for _ in range(min(500, len(self._queue)))]
+        return [answer_of(self._queue.popleft()) for _ in range(min(500, len(self._queue)))]
 
 
-def _answer(request: Request) -> Output:
+def answer_of(request: Request) -> Output:
+    """The request's own prompt."""
     completion = Completion(
         request_id=request.id,
         prompt_tokens=len(request.prompt_ids),

@@ -13,6 +13,8 @@ import torch
 from echo import run_echo
 from harness import run_here, run_json, stats
 
+from pipeline.run import other_hardware
+
 SETTINGS = ("task=generate", "engine.slots=16", "engine.prefill_tokens=64", "engine.max_len=256", "data.chunk_rows=4")
 
 
@@ -66,3 +68,14 @@ def test_another_number_of_threads_is_told(data: Path, tmp_path: Path, monkeypat
     assert "begun with 1 compute threads and goes on with 3" in resumed.err
     assert "OMP_NUM_THREADS=1" in resumed.err
     assert run_json(out)["informational"]["threads"] == 1
+
+
+def test_another_processor_or_gpu_is_told() -> None:
+    (note,) = other_hardware({"threads": 4, "cpu": "AVX512"}, {"threads": 4, "cpu": "AVX2"})
+    assert "begun with AVX512 instructions and goes on with AVX2" in note
+    then = {"gpu": "NVIDIA H100 80GB HBM3", "cuda": "13.0", "batch_invariant": True}
+    assert other_hardware(then, then) == []
+    assert other_hardware({}, then) == []
+    (note,) = other_hardware(then, {**then, "gpu": "NVIDIA A100-SXM4-80GB"})
+    assert "begun with NVIDIA H100 80GB HBM3 and goes on with NVIDIA A100-SXM4-80GB" in note
+    assert "one kind of GPU" in note
