@@ -1,3 +1,3 @@
 """Offline batch inference for quantized LLMs. See docs/architecture.md."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

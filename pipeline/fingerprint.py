@@ -7,6 +7,7 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+from pipeline import __version__
 from pipeline.models.adapter import Adapter
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.redaction import redacted
@@ -49,7 +50,7 @@ def _task(task: TaskSettings) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Library versions, for the record: a change is worth a warning, not a refusal."""
     found = {f"versions.{name}": importlib.metadata.version(name) for name in LIBRARIES}
-    return {**found, "versions.python": platform.python_version()}
+    return {**found, "versions.pipeline": __version__, "versions.python": platform.python_version()}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

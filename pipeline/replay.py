@@ -112,6 +112,7 @@ def answer(job: Job, rows: Sequence[Chunk], report: Report, stopping: Stopping) 
     """The rows' results as this machine has them, by the id of their one-row chunk."""
     from pipeline.engine.engine import unfit
     from pipeline.intake import Intake, Preparation
+    from pipeline.models.failures import failing_device
     from pipeline.models.runtime import resolve_runtime
     from pipeline.models.tokenizer import Tokenizer
     from pipeline.outlet import Outlet
@@ -127,13 +128,14 @@ def answer(job: Job, rows: Sequence[Chunk], report: Report, stopping: Stopping) 
     tokenizer = Tokenizer(str(job.tokenizer.folder), config.model.trust_remote_code)
     prompts, task = run.make_task(job, tokenizer)
     silent = Console(is_terminal=False)
-    engine = run.load_engine(job, runtime, tokenizer, prompts, silent, stopping, RunStats())
     kept = Kept()
-    outlet = Outlet(kept, task, job.schema, lambda chunk, counts, journaled: None)
-    ready = Preparation(prompts, task, lambda request: unfit(request, engine.plan), engine.plan.max_len)
-    with Intake(job.source, job.files, rows, _taken, ready) as intake:
-        _pump(engine, intake, outlet, stopping)
-    outlet.close()
+    with failing_device(runtime):
+        engine = run.load_engine(job, runtime, tokenizer, prompts, silent, stopping, RunStats())
+        outlet = Outlet(kept, task, job.schema, lambda chunk, counts, journaled: None)
+        ready = Preparation(prompts, task, lambda request: unfit(request, engine.plan), engine.plan.max_len)
+        with Intake(job.source, job.files, rows, _taken, ready) as intake:
+            _pump(engine, intake, outlet, stopping)
+        outlet.close()
     return kept.tables
 
 

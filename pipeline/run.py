@@ -234,9 +234,10 @@ def other_hardware(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     remedies = {
         "threads": "so set OMP_NUM_THREADS={} where every last bit counts",
         "cpu": "so keep a run to one kind of processor where every last bit counts",
+        "cuda": "so keep a run to one version of CUDA where every last bit counts",
         "gpu": "so keep a run to one kind of GPU where every last bit counts",
     }
-    what = {"threads": "{} compute threads", "cpu": "{} instructions", "gpu": "{}"}
+    what = {"threads": "{} compute threads", "cpu": "{} instructions", "cuda": "CUDA {}", "gpu": "{}"}
     return [
         f"this run was begun with {what[key].format(then[key])} and goes on with {now[key]}; matrix products can round "
         f"otherwise, {remedy.format(then[key])}"

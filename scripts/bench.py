@@ -52,6 +52,8 @@ SIZES: dict[str, dict[str, int]] = {
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
+GPU_SHARE = 0.4
+"""Of a GPU's free memory, for the engine."""
 WORKLOADS = ("mixed", "long", "prefix", "uniform")
 
 
@@ -99,13 +101,16 @@ def useful_tokens(rows: Sequence[Row]) -> int:
     return sum(len(row.prompt) + row.new_tokens for row in rows)
 
 
-def make_checkpoint(folder: Path, size: str, dtype: str) -> Path:
+def make_checkpoint(folder: Path, size: str, dtype: str, device: str) -> Path:
     config = transformers.LlamaConfig(
         **SIZES[size], max_position_embeddings=4096, dtype=dtype, tie_word_embeddings=False
     )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
     return folder
 
 
@@ -121,6 +126,7 @@ def engine_system(folder: Path, args: argparse.Namespace, head: tuple[int, ...])
         "model=path", f"model.path={folder}", f"quant={args.quant}", f"model.device={args.device}",
         f"model.dtype={args.dtype}", "data.path=unused", "output.dir=unused",
         "engine.dedup=false",  # the same rows are answered again in each repeat
+        *shared_memory(args.device),
         *args.overrides,
     ]  # fmt: skip
     config = load_config(overrides)
@@ -130,7 +136,18 @@ def engine_system(folder: Path, args: argparse.Namespace, head: tuple[int, ...])
     def answer(rows: Sequence[Row]) -> int:
         return _drive(engine, rows)
 
-    return answer, {"shapes": runtime.shapes.as_dict(), "kernel": runtime.kernel_name, "runs": runtime.describe()}
+    return answer, {
+        "shapes": runtime.shapes.as_dict(),
+        "kernel": runtime.kernel_name,
+        "runs": runtime.describe().removeprefix(f"{folder}: "),
+    }
+
+
+def shared_memory(device: str) -> list[str]:
+    """On a GPU a share of what is free: the peers have their weights and caches there at the same time."""
+    if device != "cuda":
+        return []
+    return [f"model.memory={torch.cuda.mem_get_info()[0] * GPU_SHARE / 2**30:.1f}"]
 
 
 def _drive(engine: Engine, rows: Sequence[Row]) -> int:
@@ -226,9 +243,16 @@ def best_batch(
     seconds: dict[str, float] = {}
     for batch in batches:
         system = generate_system(model, batch)
-        timed(system, rows[:batch], device)
-        seconds[str(batch)] = timed(system, rows, device)
+        try:
+            timed(system, rows[:batch], device)
+            seconds[str(batch)] = timed(system, rows, device)
+        except torch.OutOfMemoryError:
+            print(f"generate, batch {batch}: out of memory", flush=True)
+            torch.cuda.empty_cache()
+            break
         print(f"generate, batch {batch}: {useful_tokens(rows) / seconds[str(batch)]:,.0f} useful tokens/s", flush=True)
+    if not seconds:
+        raise SystemExit("generate has no memory for the smallest batch; name smaller ones with --batches")
     return int(min(seconds, key=lambda key: seconds[key])), seconds
 
 
@@ -259,7 +283,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     vocab = SIZES[args.size]["vocab_size"]
     rows = make_rows(args.workload, args.rows, args.device, vocab, args.seed)
     with tempfile.TemporaryDirectory() as root:
-        folder = make_checkpoint(Path(root) / "model", args.size, args.dtype)
+        folder = make_checkpoint(Path(root) / "model", args.size, args.dtype, args.device)
         engine, runs = engine_system(folder, args, common_head(rows))
         print(runs["runs"], flush=True)
         systems: dict[str, System] = {"engine": engine}
@@ -297,6 +321,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def processor() -> str:
+    """The processor's name, where Linux tells it, and the vector instructions that torch uses."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -305,7 +337,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": fingerprint.versions(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "machine": {"cpu": processor(), "threads": torch.get_num_threads(),
                     "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }  # fmt: skip
     print(json.dumps(result))

@@ -206,5 +206,5 @@ def test_an_adapter_is_part_of_it(tmp_path: Path) -> None:
 
 def test_versions_are_for_the_record() -> None:
     found = fingerprint.versions()
-    assert set(found) == {f"versions.{name}" for name in (*fingerprint.LIBRARIES, "python")}
+    assert set(found) == {f"versions.{name}" for name in (*fingerprint.LIBRARIES, "pipeline", "python")}
     assert not set(found) & set(requested())

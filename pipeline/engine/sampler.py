@@ -158,10 +158,18 @@ def _draw(logits_BV: Tensor, rows: SamplerRows, uniforms_B: Tensor) -> Tensor:
     if not rows.any_filtered:
         return plain_B
     top_k_B, top_p_B, min_p_B = rows.top_k_B, rows.top_p_B, rows.min_p_B
-    at_once = max(1, SORTED_AT_ONCE // scaled_BV.shape[1])
+    at_once = _rows_at_once(*scaled_BV.shape)
     parts = zip(*(torch.split(x, at_once) for x in (scaled_BV, uniforms_B, top_k_B, top_p_B, min_p_B)), strict=True)
     filtered_B = torch.cat([_draw_filtered(*part) for part in parts])
     return torch.where((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0), filtered_B, plain_B)
+
+
+def _rows_at_once(rows: int, vocab: int) -> int:
+    """How many of the rows are sorted together: equal parts, since a part's size can decide on the bits of sums."""
+    parts = -(-rows * vocab // SORTED_AT_ONCE)
+    while parts < rows and rows % parts:
+        parts += 1
+    return max(1, rows // max(1, parts))
 
 
 def _draw_filtered(scaled_BV: Tensor, uniforms_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:

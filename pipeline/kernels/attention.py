@@ -149,18 +149,15 @@ def attend_earlier(
     window hides. Returns [H, T, D] and [H, T]; a query whose window has left all keys behind gets zeros and a
     log-sum-exp of -inf.
     """
-    heads, tokens, dim = q_HTD.shape
+    tokens = q_HTD.shape[1]
     padding = -tokens % QUERY_BLOCK
-    q_HND = F.pad(q_HTD, (0, 0, 0, padding))
-    flash = _flash_kernel(q_HTD, rule) if rule.window is None else None
-    if flash is not None:  # a block is a sequence of its own
-        q_NHQD = q_HND.reshape(heads, -1, QUERY_BLOCK, dim).transpose(0, 1)
-        k_NKSD, v_NKSD = (x.expand(q_NHQD.shape[0], *x.shape) for x in (k_KSD, v_KSD))
-        out_NHQD, lse_NHQ = flash(q_NHQD, k_NKSD, v_NKSD, 0.0, False, scale=rule.scale)[:2]
-        out_HND = out_NHQD.transpose(0, 1).reshape(heads, -1, dim)
-        lse_HN = lse_NHQ[:, :, :QUERY_BLOCK].transpose(0, 1).reshape(heads, -1)
-        return out_HND[:, :tokens], lse_HN[:, :tokens]
-    blocks_HQD = torch.split(q_HND, QUERY_BLOCK, dim=1)
+    blocks_HQD = torch.split(F.pad(q_HTD, (0, 0, 0, padding)), QUERY_BLOCK, dim=1)
+    flash = _flash_kernel(q_HTD, rule) if q_HTD.device.type == "cpu" and rule.window is None else None
+    if flash is not None:  # block by block: how it multiplies depends on how many blocks it gets
+        found = [flash(b[None], k_KSD[None], v_KSD[None], 0.0, False, scale=rule.scale)[:2] for b in blocks_HQD]
+        out_HTD = torch.cat([out[0] for out, _ in found], dim=1)[:, :tokens]
+        lse_HT = torch.cat([lse[0, :, :QUERY_BLOCK] for _, lse in found], dim=1)[:, :tokens]
+        return out_HTD + (q_HTD * 0).sum(-1, keepdim=True), lse_HT  # which it leaves out where a query is not finite
     key_S = torch.arange(k_KSD.shape[1], device=q_HTD.device)
     parts = []
     for block_HQD, position_Q in zip(

@@ -19,6 +19,8 @@ WHOLE = 64
 """A multiple of all vectors' lengths, unrolled loops included."""
 GRAINS = (2048, 32768)
 """The least lengths of a piece that torch's operators ask for."""
+SHARED_BY_ALL = 16384
+"""From more values than this on GELU has a piece for every thread, however short."""
 AT_ONCE = GRAINS[0] // WHOLE - 1
 """So many pieces of 64 values stay on one thread."""
 
@@ -42,8 +44,8 @@ def seamless(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _seams(count: int, threads: int) -> Tensor | None:
     """The indices [pieces, 64] of the last values of each piece whose length is no whole number of vectors."""
     ends: set[int] = set()
-    for grain in GRAINS:
-        pieces = min(threads, -(-count // grain)) if count >= grain else 1
+    numbers = {min(threads, -(-count // grain)) if count >= grain else 1 for grain in GRAINS}
+    for pieces in numbers | ({threads} if count > SHARED_BY_ALL else set()):
         length = -(-count // pieces)
         bounds = ((begin, min(begin + length, count)) for begin in range(0, count, length))
         ends.update(end for begin, end in bounds if (end - begin) % WHOLE)

@@ -25,8 +25,10 @@ def failing_device(runtime: Runtime) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise RunFailed(_no_memory(runtime)) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunFailed(_no_memory(runtime, runtime.device)) from error
+        if isinstance(error, MemoryError) or NO_MEMORY_ON_CPU in str(error):
+            raise RunFailed(_no_memory(runtime, torch.device("cpu"))) from error
         if isinstance(error, torch.AcceleratorError):
             raise RunFailed(
                 f"{runtime.device} failed ({_first_line(error)}); what is committed stays: run the same command again, "
@@ -35,22 +37,22 @@ def failing_device(runtime: Runtime) -> Iterator[None]:
         raise
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the machine, had too little memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY_ON_CPU in str(error)
-
-
-def _no_memory(runtime: Runtime) -> str:
+def _no_memory(runtime: Runtime, where: torch.device) -> str:
+    """`where` is the model's device, or this machine, which has less to do with the model's shapes."""
+    name = "this machine" if where.type == "cpu" else str(where)
+    free = f"{name} is out of memory: {size_text(free_bytes(where))} are free there now"
+    again = f"let other processes leave {name} and run the same command again (what is committed stays)"
+    if where.type != runtime.device.type:
+        return f"{free}; {again}, or begin another output.dir with a smaller data.chunk_rows"
     shapes = runtime.shapes
     slots, longest = sum(c.slots for c in shapes.length_classes), shapes.max_len
-    remedies = [f"let other processes leave {runtime.device} and run the same command again (what is committed stays)"]
+    remedies = [again]
     if runtime.memory.dequant_cache_budget:
         remedies.append("or add quant.dequant_cache=off, which changes no result")
     remedies.append("or begin another output.dir with a smaller engine.slots or engine.max_len")
     return (
-        f"{runtime.device} is out of memory: {size_text(free_bytes(runtime.device))} are free there now, and keys "
-        f"and values of {slots} slots of up to {longest} tokens alone take {size_text(shapes.kv_bytes)}; "
-        + ", ".join(remedies)
+        f"{free}, and keys and values of {slots} slots of up to {longest} tokens alone take "
+        f"{size_text(shapes.kv_bytes)}; " + ", ".join(remedies)
     )
 
 

@@ -69,14 +69,14 @@ def load_model(
     model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     install_row_rope(model, config)
     settle_dynamic_rope(model)
-    if device.type == "cpu":
-        make_seamless(model)
     _finish(model, checkpoint, device)
     if adapter is not None:
         lora.replace_tensors(adapter, model, lambda info: _read(info).to(device=device, dtype=dtype))
     widen_head(model)
     if adapter is not None:
         lora.add_updates(adapter, model, lambda info: _read(info).to(device=device, dtype=torch.float32))
+    if device.type == "cpu":
+        make_seamless(model)
     return TransformersDecoder(model.eval().requires_grad_(False), dtype, device, unused_tensors(checkpoint, loads))
 
 

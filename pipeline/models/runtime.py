@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.plan import EnginePlan, EngineSettings, ModelGeometry
+from pipeline.engine.plan import EnginePlan, EngineSettings, LengthClass, ModelGeometry
 from pipeline.errors import ConfigError
 from pipeline.models.adapter import Adapter
 from pipeline.models.architecture import geometry_of, load_config
@@ -85,7 +85,7 @@ class Runtime:
         import torch
 
         if self.device.type == "cpu":
-            return {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+            return {"threads": torch.get_num_threads(), "cpu": _instructions()}
         return {"gpu": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda}
 
     def describe(self) -> str:
@@ -139,21 +139,22 @@ class Runtime:
             )
             compiled.result()
         plan = self._settle_weights(model)
+        made: list[LengthClass] = []
+
+        def make_cache(length_class: LengthClass) -> KVCache:
+            made.append(length_class)
+            float8, attend = settings.kv_dtype != "auto", self.attention.attend
+            return giving_way(
+                model,
+                self.device,
+                lambda: KVCache(place.geometry, length_class, place.dtype, self.device, float8=float8, attend=attend),
+                first=len(made) == 1,
+            )
+
         engine = Engine(
             model,
             plan,
-            lambda c: giving_way(
-                model,
-                self.device,
-                lambda: KVCache(
-                    place.geometry,
-                    c,
-                    place.dtype,
-                    self.device,
-                    float8=settings.kv_dtype != "auto",
-                    attend=self.attention.attend,
-                ),
-            ),
+            make_cache,
             self.device,
             decode,
             _splits(settings, model, head),
@@ -174,20 +175,36 @@ class Runtime:
         return replace(self.shapes, proven=prove(model.model, self.shapes, self.place.dtype))
 
 
-def giving_way(model: TransformersDecoder, device: torch.device, make: Callable[[], KVCache]) -> KVCache:
+def giving_way(model: TransformersDecoder, device: torch.device, make: Callable[[], KVCache], first: bool) -> KVCache:
     """What `make` allocates; where a GPU lacks memory, since others have taken some, dequantized weights are given up.
 
-    On a CPU they stay: their layout is part of what the smaller shapes were proven with.
+    Only for the `first` cache: later a captured step may hold their addresses. On a CPU they stay: their layout is part
+    of what the smaller shapes were proven with.
     """
     import torch
 
     try:
         return make()
     except torch.OutOfMemoryError:
-        if device.type != "cuda" or not model.drop_dequantized():
+        if device.type != "cuda" or not first or not model.drop_dequantized():
             raise
-        torch.cuda.empty_cache()
-        return make()
+    torch.cuda.empty_cache()  # outside, where the failure no longer holds half a cache
+    return make()
+
+
+def _instructions() -> str:
+    """The vector and matrix instructions that decide on which products a CPU's libraries run."""
+    import torch
+
+    found = [
+        name
+        for name, has in (
+            ("BF16", torch.cpu._is_avx512_bf16_supported()),
+            ("AMX", torch.cpu._is_amx_tile_supported()),
+        )
+        if has
+    ]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def _nothing(reads: AttentionNeed) -> None:

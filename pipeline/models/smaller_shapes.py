@@ -1,7 +1,8 @@
 """Which smaller passes give a row the bits of the listed ones on this machine: tried out on the model's own products.
 
 Libraries choose how to sum up by the size of a product. Another order shows in one of the thousands of sums of a
-product of random numbers, so that a few products of each kind tell. Everything else in a pass is done row by row.
+product of random numbers, so that a few products of each kind tell. Everything else in a pass is done row by row,
+in blocks of one size, or value by value.
 """
 
 from __future__ import annotations

@@ -204,7 +204,8 @@ def with_versions(manifest: RunManifest, versions: Mapping[str, str]) -> RunMani
 
 def other_versions(manifest: RunManifest, versions: Mapping[str, str]) -> list[str]:
     """The libraries that have other versions now than when the run began, as "torch 2.11 -> 2.12"."""
-    then = {key: manifest.informational.get(key) for key in versions}
+    known = {"versions.pipeline": manifest.pipeline_version, **manifest.informational}
+    then = {key: known.get(key) for key in versions}
     changed = {key: now for key, now in sorted(versions.items()) if then[key] not in (None, now)}
     return [f"{key.removeprefix('versions.')} {then[key]} -> {now}" for key, now in changed.items()]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +169,39 @@ for dtype in (torch.float32, torch.bfloat16):
 """
     for threads in (1, 3):
         subprocess.run([sys.executable, "-c", script.format(threads=threads)], check=True)
+
+
+def test_the_process_that_compiles_has_the_bits_of_those_that_read_what_it_kept(tmp_path: Path) -> None:
+    """Numba links a function that it has just compiled otherwise than the one that it keeps."""
+    script = """
+import hashlib, torch
+from pipeline.kernels.attention import AttentionRule
+from pipeline.kernels.cache_attention import CachedLayer
+from pipeline.kernels.numba_attention import attend_cached
+torch.set_num_threads(1)
+torch.manual_seed(0)
+q, keys, values = torch.randn(5, 8, 40), torch.randn(5, 2, 130, 40), torch.randn(5, 2, 130, 40)
+out, lse = attend_cached(q, CachedLayer(keys, values), torch.tensor([1, 31, 64, 97, 130]), AttentionRule(0.2), 1)
+print(hashlib.sha256(out.numpy().tobytes() + lse.numpy().tobytes()).hexdigest())
+"""
+    kept = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run([sys.executable, "-c", script], env=kept, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    )
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first == second
+
+
+def test_without_a_place_for_its_code_numba_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> None:
+        raise RuntimeError("cannot cache function 'attend': no locator available")
+
+    monkeypatch.setattr("pipeline.kernels.numba_attention.importlib.import_module", nowhere)
+    need = AttentionNeed(device_type="cpu", capability=None, dtype=torch.float32, head_dim=16)
+    assert choose_attention("auto", need)[0].name == "slotwise"
+    with pytest.raises(ConfigError, match=r"nowhere to keep its machine code.*NUMBA_CACHE_DIR"):
+        choose_attention("numba", need)
 
 
 def test_a_plain_cache_has_the_bits_of_the_products_over_it() -> None:

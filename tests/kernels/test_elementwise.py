@@ -20,7 +20,7 @@ FUNCTIONS = {
     "softplus": F.softplus,
     "elu": F.elu,
 }
-SHAPES = ((1, 7), (3, 21), (5, 100), (64, 1408), (33, 1000), (7, 50257), (250, 704), (9, 8193))
+SHAPES = ((1, 7), (3, 21), (5, 100), (64, 1408), (33, 1000), (7, 50257), (250, 704), (9, 8193), (16, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -45,7 +45,7 @@ def test_a_value_has_the_same_bits_everywhere(name: str, shape: tuple[int, int],
     torch.manual_seed(0)
     x = (torch.randn(shape) * 3).to(dtype)
     expected = one_row_at_a_time(FUNCTIONS[name], x)
-    for threads in (1, 2, 3, 5, 7, 8):
+    for threads in (1, 2, 3, 5, 7, 8, 12, 20, 57):
         torch.set_num_threads(threads)
         assert torch.equal(seamless(FUNCTIONS[name], x), expected), f"{threads} threads"
         moved = x.roll(1, 0)

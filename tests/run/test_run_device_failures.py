@@ -27,7 +27,7 @@ def overrides(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "cpu is out of memory: "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "this machine is out of memory: "),
         (MemoryError(), "run the same command again (what is committed stays)"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
@@ -90,13 +90,15 @@ def test_dequantized_weights_give_way_to_keys_and_values_on_a_gpu(
 
     if device == "cpu":
         with pytest.raises(torch.OutOfMemoryError):
-            giving_way(decoder, torch.device(device), make)
+            giving_way(decoder, torch.device(device), make, first=True)
         assert asked == [kept]
         return
-    assert giving_way(decoder, torch.device(device), make) == "a cache"
+    with pytest.raises(torch.OutOfMemoryError):
+        giving_way(decoder, torch.device(device), _fail, first=False)
+    assert giving_way(decoder, torch.device(device), make, first=True) == "a cache"
     assert asked == [kept, 0]
     with pytest.raises(torch.OutOfMemoryError):
-        giving_way(decoder, torch.device(device), _fail)
+        giving_way(decoder, torch.device(device), _fail, first=True)
 
 
 def _fail() -> Any:

@@ -26,18 +26,6 @@ TILE = 4
 """Positions taken together, so that what is read and written for each of them is used four times."""
 
 
-def _kept(**options):
-    """Numba's decorator; the machine code is kept beside this file or in the user's cache, where one can be written."""
-
-    def decorate(function):
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # numba finds no folder
-            return njit(**options)(function)
-
-    return decorate
-
-
 def _number(stored):
     """The float32 that a value of the cache stands for."""
     raise NotImplementedError
@@ -157,7 +145,7 @@ def _attend_head(q_GD, keys_SD, values_SD, key_scales_S, value_scales_S, scale, 
     _add_weighted(weights_GS, values_SD, out_GD, tile_TD)
 
 
-@_kept(parallel=ONLY_LOOPS, nogil=True, error_model="numpy")
+@njit(cache=True, parallel=ONLY_LOOPS, nogil=True, error_model="numpy")
 def attend(
     q_BKGD, keys, values, key_scales, value_scales, slots_B, firsts_B, ends_B, scale, softcap, out_BKGD, lse_BKG
 ):
