@@ -23,8 +23,6 @@ from pipeline.data.files import is_url, local_path
 from pipeline.errors import ConfigError
 from pipeline.job import Job
 from pipeline.output.durable import failing_run
-from pipeline.output.part import ATTEMPT_KEY, COUNTS_KEY
-from pipeline.output.seal import FOOTER_KEY, PAGES_KEY
 from pipeline.output.sink import part_path
 from pipeline.process import ExitCode
 from pipeline.settings import RunConfig
@@ -112,17 +110,10 @@ def _batches(job: Job) -> Iterator[pa.RecordBatch]:
 
     for chunk_id in [chunk.id for chunk in job.chunks] or sorted(job.committed()):
         with job.output.open(part_path(chunk_id)) as source, pq.ParquetFile(source) as file:
-            schema = _of_the_run(file.schema_arrow)
-            for batch in file.iter_batches(BATCH_ROWS):
-                yield batch.replace_schema_metadata(schema.metadata)
+            for batch in file.iter_batches(BATCH_ROWS):  # whose metadata is the Part's: its counts, its hashes
+                yield batch.replace_schema_metadata(file.schema_arrow.metadata)
             if not file.metadata.num_rows:
-                yield pa.RecordBatch.from_pylist([], schema)
-
-
-def _of_the_run(schema: pa.Schema) -> pa.Schema:
-    """A Part's schema without what its metadata says of this one Part: its counts, who wrote it and its hashes."""
-    own = {key.encode() for key in (COUNTS_KEY, ATTEMPT_KEY, PAGES_KEY, FOOTER_KEY)}
-    return schema.with_metadata({k: v for k, v in (schema.metadata or {}).items() if k not in own})
+                yield pa.RecordBatch.from_pylist([], file.schema_arrow)
 
 
 def _replace(target: Path, made: Path) -> None:

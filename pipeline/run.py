@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from pipeline.job import Job
 from pipeline.launch.patience import Patience, wait_for_chunks
 from pipeline.launch.walltime import Walltime
 from pipeline.output.claims import SCHEDULE_CLAIM, Claims
+from pipeline.output.manifest import other_hardware
 from pipeline.planning import plan_of, write_plan
 from pipeline.process import ExitCode, Loading, Stopping
 from pipeline.report.page import write_report
@@ -224,26 +225,6 @@ def _leave_stats(
     recorder.tick(engine.counters, stats.rows, 0, 0, last=True)
     write_stats(job.output, stats, recorder.intervals)
     job.has_worked = True
-
-
-def other_hardware(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A warning where the run was begun with other compute threads, or on another GPU, than it goes on with.
-
-    That can change a result's last bits. It is no reason to refuse: machines that share a run may differ.
-    """
-    remedies = {
-        "threads": "so set OMP_NUM_THREADS={} where every last bit counts",
-        "cpu": "so keep a run to one kind of processor where every last bit counts",
-        "cuda": "so keep a run to one version of CUDA where every last bit counts",
-        "gpu": "so keep a run to one kind of GPU where every last bit counts",
-    }
-    what = {"threads": "{} compute threads", "cpu": "{} instructions", "cuda": "CUDA {}", "gpu": "{}"}
-    return [
-        f"this run was begun with {what[key].format(then[key])} and goes on with {now[key]}; matrix products can round "
-        f"otherwise, {remedy.format(then[key])}"
-        for key, remedy in remedies.items()
-        if None not in (then.get(key), now.get(key)) and then[key] != now[key]
-    ]
 
 
 def make_task(job: Job, tokenizer: Tokenizer) -> tuple[PromptBuilder, Task]:

@@ -33,6 +33,13 @@ HASH_KEY = "sha256"
 some out."""
 OTHER_VERSIONS = "other_versions"
 """The key of `informational` that lists the changes of libraries since the run began."""
+HARDWARE = {
+    "threads": ("{} compute threads", "set OMP_NUM_THREADS={}"),
+    "cpu": ("{} instructions", "keep a run to one kind of processor"),
+    "cuda": ("CUDA {}", "keep a run to one version of CUDA"),
+    "gpu": ("{}", "keep a run to one kind of GPU"),
+}
+"""Keys of `informational`: what they say of where a run is computed, and what to do against a change."""
 _SHOWN_DIFFERENCES = 5
 _SHOWN_CHARACTERS = 80
 _LEAD_CHARACTERS = 20  # shown before the first difference of two long values
@@ -208,6 +215,19 @@ def other_versions(manifest: RunManifest, versions: Mapping[str, str]) -> list[s
     then = {key: known.get(key) for key in versions}
     changed = {key: now for key, now in sorted(versions.items()) if then[key] not in (None, now)}
     return [f"{key.removeprefix('versions.')} {then[key]} -> {now}" for key, now in changed.items()]
+
+
+def other_hardware(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing that a run is computed on now and was not when it began, by `informational`'s keys.
+
+    It can change a result's last bits. It is no reason to refuse: machines that share a run may differ.
+    """
+    return [
+        f"this run was begun with {what.format(then[key])} and goes on with {now[key]}; matrix products can round "
+        f"otherwise, so {remedy.format(then[key])} where every last bit counts"
+        for key, (what, remedy) in HARDWARE.items()
+        if None not in (then.get(key), now.get(key)) and then[key] != now[key]
+    ]
 
 
 def _lock(shown: str, lock: Claims) -> None:

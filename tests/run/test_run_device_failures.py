@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from echo import EchoEngine, answer_of, run_echo
-from harness import parts
+from harness import parts, run_here
 
 from pipeline.engine.engine import Output
 from pipeline.models.runtime import giving_way
@@ -62,6 +62,19 @@ def test_a_failing_device_is_one_sentence_and_the_run_goes_on_later(
     assert 0 < len(before) < 10
     run_echo(monkeypatch, *overrides).done()
     assert len(parts(tmp_path / "out")) == 10
+
+
+def test_weights_that_find_no_memory_are_one_sentence_too(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_engine(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("pipeline.run.load_engine", load_engine)
+    failed = run_here(*overrides)
+    assert failed.code == 1
+    assert "this machine is out of memory: " in failed.err
+    assert "Traceback" not in failed.err
 
 
 def test_another_error_is_no_failure_of_the_device(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

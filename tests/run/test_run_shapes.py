@@ -13,7 +13,7 @@ import torch
 from echo import run_echo
 from harness import run_here, run_json, stats
 
-from pipeline.run import other_hardware
+from pipeline.output.manifest import other_hardware
 
 SETTINGS = ("task=generate", "engine.slots=16", "engine.prefill_tokens=64", "engine.max_len=256", "data.chunk_rows=4")
 
